@@ -25,6 +25,7 @@ from hip_hf.problem import (
     by_tokens,
     check_call,
     check_finite,
+    check_numbers,
     check_tensors,
     fail,
     make_spans,
@@ -355,9 +356,11 @@ def hip_attention(
     if state is not None and not isinstance(state, DecodeState):
         fail("state", type(state).__name__, "None or a DecodeState")
     check_tensors(q, k, v)
+    follower = tracing()
+    check_numbers(scale=scale, softcap=softcap)
+    # a trace makes a tensor of the default
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     problem = AttentionProblem(q, k, v, (), scale, sliding_window, softcap, sinks, positions)
-    follower = tracing()
     check_call(problem, config, layer, numbers=not follower)
     if follower:
         if positions is not None:

@@ -112,16 +112,21 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         fail("q.shape", tuple(q.shape), f"a multiple of k's {k.shape[1]} heads")
 
 
-def check_call(
-    problem: AttentionProblem, config: HiPConfig, layer: int | None, numbers: bool
-) -> None:
-    """Raise ValueError for arguments of `hip_attention`, besides q, k and v, that are out of range
-    or do not fit together. `numbers`: whether those in the sinks may be looked at."""
-    q, sliding = problem.q, problem.sliding_window
-    for name, value in (("scale", problem.scale), ("softcap", problem.softcap)):
+def check_numbers(**given: float | None) -> None:
+    """Raise ValueError where one of the arguments `given` is neither None nor finite and above
+    0."""
+    for name, value in given.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < float("inf")):
             fail(name, repr(value), "None or a finite number > 0")
+
+
+def check_call(
+    problem: AttentionProblem, config: HiPConfig, layer: int | None, numbers: bool
+) -> None:
+    """Raise ValueError for arguments of `hip_attention`, besides tensors and numbers, that are out
+    of range or do not fit together. `numbers`: whether those in the sinks may be looked at."""
+    q, sliding = problem.q, problem.sliding_window
     for name, count, low in (("sliding_window", sliding, 1), ("layer", layer, 0)):
         if count is not None and (type(count) is not int or count < low):
             fail(name, repr(count), f"None or an integer >= {low}")

@@ -65,7 +65,8 @@ def _make_pool(size: int) -> ThreadPoolExecutor:
     barrier = threading.Barrier(size + 1)
 
     def settle() -> None:
-        # a thread's first operation would set it to the process's number of threads
+        # a thread's first operation would set it to the process's number of threads: have that over
+        # first
         torch.get_num_threads()
         torch.set_num_threads(1)
         barrier.wait()

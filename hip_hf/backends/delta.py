@@ -211,9 +211,9 @@ class DeltaCall(Executor):
         mask, with the estimate of what they miss (None: without), in fp32 at least."""
         assert t.lse is not None
         rows, places = rows_of_blocks(run), slice(place, place + len(run))
-        out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows].clone()
+        out, lse = t.out[:, :, rows].to(t.lse.dtype, copy=True), t.lse[:, :, rows]
         if clusters is None:
-            return out, lse
+            return out, lse.clone()
         assert self.inner.mask is not None
         chosen = Chosen.of(self.inner.mask, span.batch, places, t.k.shape[0], run[0].low)
         left = clusters.left(t.k, t.v, run, chosen)

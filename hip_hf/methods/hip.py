@@ -36,6 +36,7 @@ from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.need import (
     BoundByNeed,
+    Votes,
     asked_rows,
     sample_level,
     sampled_chunks,
@@ -50,6 +51,8 @@ from hip_hf.workers import scratch
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need
 # not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
+# Logits of votes for all keys of a short context: more votes than make so many wait for these.
+LOGITS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -194,21 +197,13 @@ class TreeSearch(BoundByNeed):
             if level is None:
                 parts.append(self._whole(heads, some, *votes[:2]))
             else:
-                parts.append(self._search(heads, some, level, *votes))
+                parts.append(self._search(heads, some, level, votes))
             row += len(some) * rows
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _search(
-        self,
-        heads: slice,
-        blocks: list[QueryBlock],
-        level: int,
-        q: Tensor,
-        near: Tensor | None,
-        walking: int,
-    ) -> Tensor:
-        """`q`, `near` and `walking` as `_votes` gives them."""
-        config, device = self.config, self.q.device
+    def _search(self, heads: slice, blocks: list[QueryBlock], level: int, votes: Votes) -> Tensor:
+        """The search of query blocks that start at one `level`."""
+        config, device, (q, near, walking) = self.config, self.q.device, votes
         features = self.representative.features(q[:, :, :walking])
         near_walking = None if near is None else near[:, :, :walking]
         shares = q.shape[1] // len(blocks)
@@ -262,15 +257,21 @@ class TreeSearch(BoundByNeed):
         keys = self.keys[heads, first * size : end * size].to(q.dtype)
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = torch.full((*q.shape[:2], end - first), -torch.inf, dtype=dtype, device=device)
+        join = torch.maximum if config.score == "max" else torch.add
         for item in range(q.shape[1]):
             block = blocks[item % len(blocks)]
             some = slice(block.low - first, block.high - first)
             own = keys[:, some.start * size : some.stop * size]
             own = self._turned(own, ids[None, some], torch.tensor(block.high, device=device))
-            logits = scratch.take("logits", (len(q), q.shape[2], own.shape[1]), q)
-            torch.bmm(q[:, item], own.transpose(1, 2), out=logits)
-            found = None if near is None else near[:, item]
-            scores[:, item, some] = aggregate(logits, config.score, self.softcap, None, found, size)
+            most = max(1, LOGITS_AT_ONCE // (len(q) * own.shape[1]))
+            for at in range(0, q.shape[2], most):
+                votes = q[:, item, at : at + most]
+                logits = scratch.take("logits", (*votes.shape[:2], own.shape[1]), q)
+                torch.bmm(votes, own.transpose(1, 2), out=logits)
+                found = None if near is None else near[:, item, at : at + most]
+                part = aggregate(logits, config.score, self.softcap, None, found, size)
+                before = scores[:, item, some]
+                scores[:, item, some] = part if at == 0 else join(before, part)
         every = ids.expand(scores.shape)
         read_on(scores, every, onward_of(config))
         chosen = best(scores, every, config.budget_blocks)  # every query block has more

@@ -55,7 +55,7 @@ class Search:
         """The selected blocks: start with few chunks, keep the best, look at their halves, down to
         single blocks."""
         config = self.config
-        if config.rescore_blocks and self.high - self.low <= config.start_blocks:
+        if config.rescore_blocks and self.high - self.low <= 2 * config.beam_blocks:
             return sorted(best(self.judged(list(range(self.low, self.high))), config.budget_blocks))
         level = self.start()
         candidates = self.complete(level)
@@ -83,7 +83,7 @@ class Search:
 
     def start(self) -> int:
         """The level to start with: the smallest that has few enough chunks."""
-        level, most = 0, self.config.start_blocks
+        level, most = 0, 2 * self.config.beam_blocks
         while len(self.complete(level)) > most and self.size(level) != self.config.coarsest:
             level += 1
         return level

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 SPREAD = 2654435761
 # One row in so many is asked for its need.
 ASKED = 2
+# Votes, what each finds near, and how many of them walk the tree (`BoundByNeed._votes`).
+Votes = tuple[Tensor, Tensor | None, int]
 
 
 def asked_rows(config: HiPConfig, rows: int) -> range:
@@ -121,7 +123,7 @@ class BoundByNeed(base.Bound):
 
     def _votes(
         self, heads: slice, blocks: list[QueryBlock], near: Tensor | None, level: int, whole: bool
-    ) -> tuple[Tensor, Tensor | None, int]:
+    ) -> Votes:
         """Votes `[heads, S * len(blocks), R, D]`, scaled, in the pyramid's dtype, the log-sum-exp
         of what each always reads, and how many of them, the first, walk the tree. The need is
         estimated from a key of each chunk of `2 ** level` keys; `whole`: there is no tree to walk,

@@ -3,16 +3,11 @@ the best of the candidates."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from hip_hf.geometry import QueryBlock
 from hip_hf.workers import widened
-
-if TYPE_CHECKING:
-    pass
 
 # Ids are packed into the low half of the sort keys of `best`; the largest of them stands for "no
 # chunk".

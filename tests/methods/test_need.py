@@ -33,7 +33,7 @@ from hip_hf.backends.torch.sparse import SparseAttention
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.methods.hip import TreeSearch
-from hip_hf.methods.need import asked_rows
+from hip_hf.methods.need import Votes, asked_rows
 from hip_hf.state import DecodeState
 
 # A block has 16 rows; with this stride and two heads, 4 of 32 vote.
@@ -80,16 +80,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], torch.Tens
     search = TreeSearch._search
 
     def noted(
-        self: TreeSearch,
-        heads: slice,
-        blocks: list,
-        level: int,
-        q: torch.Tensor,
-        near: Any,
-        walking: int,
+        self: TreeSearch, heads: slice, blocks: list, level: int, votes: Votes
     ) -> torch.Tensor:
+        q, near, _ = votes
+        assert near is not None
         seen.append(([block.first for block in blocks], q.clone(), near.clone()))
-        return search(self, heads, blocks, level, q, near, walking)
+        return search(self, heads, blocks, level, votes)
 
     monkeypatch.setattr(TreeSearch, "_search", noted)
     return seen

@@ -113,7 +113,7 @@ def test_rows_that_vote_by_their_place(stride: int) -> None:
 def test_how_many_rows_vote() -> None:
     config = small(block_q=16, query_stride=8)
     assert [votes_of(config, rows, 3, False) for rows in (1, 2, 16)] == [3, 3, 6]
-    assert [votes_of(config, rows, 3, True) for rows in (1, 2, 6, 16)] == [3, 3, 9, 12]
+    assert [votes_of(config, rows, 3, True) for rows in (1, 2, 6, 16)] == [3, 3, 9, 24]
     assert votes_of(small(block_q=16, query_stride=5), 16, 1, False) == 4
     assert votes_of(small(block_q=16, query_stride=40), 16, 1, False) == 1
     assert votes_of(small(block_q=16, query_stride=16), 16, 2, False) == 2

@@ -75,6 +75,23 @@ def test_same_blocks_where_short_middles_are_looked_at_whole(
     assert max(middles["_whole"]) <= 16 < min(middles["_search"]), middles
 
 
+@pytest.mark.parametrize("score", ["mass", "max"])
+def test_votes_that_are_too_many_at_once_are_scored_after_one_another(
+    score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hip, "LOGITS_AT_ONCE", 1)  # a vote at a time
+    counts: list[int] = []
+    original = hip.aggregate
+
+    def counted(logits: torch.Tensor, *given: Any) -> torch.Tensor:
+        counts.append(logits.shape[-2])
+        return original(logits, *given)
+
+    monkeypatch.setattr(hip, "aggregate", counted)
+    check(small(rescore=2, score=score), 60, 40)
+    assert counts == [1] * len(counts) != []
+
+
 @pytest.mark.parametrize("rows", [1, 16])
 def test_nothing_hides_a_key_of_a_short_middle(rows: int) -> None:
     """The summaries of eleven blocks promise much that is in none of their keys; only one block has

@@ -221,7 +221,7 @@ def attend_kernel(
     k_base, v_base = K + key_head * stride_kh, V + key_head * stride_vh
     own = base + row_at
     if ROPE_HALF_DIM > 0:
-        # slots base `far` are too far for some rows and count as farthest, those base `shift`
+        # slots before `far` are too far for some rows and count as farthest, those before `shift`
         # for all
         shift, far = (
             tl.maximum(base + first + 1 - trained, 0),
@@ -291,12 +291,16 @@ def attend_kernel(
 def call_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> GridAndArguments:
     """Grid and arguments of `attend_kernel`. Where out is `[splits, B, Hq, Tq, Dv]`, and lse alike,
     each of so many programs leaves there what it makes of its part of the keys."""
-    arguments, splits = row_arguments(x, part, tile, stride), (1, *x.out.shape)[-5]
-    (table, stride_table), kv = x.kv.table(), x.kv
+    arguments, kv = row_arguments(x, part, tile, stride), x.kv
+    table, stride_table = kv.table()
     windows, sinks, positions = part.reads.windows, x.logits.sinks, x.logits.positions
     rows, lists = arguments["BLOCK_M"], arguments["lists"]
-    of_out = (0, *x.out.stride())[-5:]
-    of_lse = (0, *((0, 0, 0) if x.lse is None else x.lse.stride()))[-4:]
+    of_out, of_lse = x.out.stride(), (0, 0, 0) if x.lse is None else x.lse.stride()
+    splits = 1
+    if x.out.ndim == 5:
+        splits = x.out.shape[0]
+    else:
+        of_out, of_lse = (0, *of_out), (0, *of_lse)
     arguments |= dict(
         OUT=x.out, LSE=x.q if x.lse is None else x.lse, TABLE=table, stride_table=stride_table,
         WINDOWS=arguments["SEQUENCES"] if windows is None else windows,
