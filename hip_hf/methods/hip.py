@@ -38,6 +38,7 @@ from hip_hf.methods.need import (
     BoundByNeed,
     Votes,
     asked_rows,
+    most_sampled,
     sample_level,
     sampled_chunks,
     votes_of,
@@ -57,13 +58,13 @@ LOGITS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: most keys from which a row's need
-    is estimated. `descent`: of the votes by need, one in so many walks the tree, the neediest; all
-    of them score what these find. `onward`: the share of a block's score, by the mass in its keys,
-    that the block after it gets as well, 0 to 1."""
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: the most keys that need is
+    estimated from, one in 64. `descent`: of the votes by need, one in so many walks the tree, the
+    neediest; all of them score what these find. `onward`: the share of a block's score, by the mass
+    in its keys, that the block after it gets as well, 0 to 1."""
 
     weight: float = 0.5
-    sample: int = 448
+    sample: int = 768
     descent: int = 2
     onward: float = 0.3
 
@@ -143,7 +144,7 @@ class Selector(base.Selector):
         walkers, sampled = voters, 0
         if voters < asked:
             walkers = walkers_of(config, voters)
-            level = sample_level(config, low, high, config.method_options().sample)
+            level = sample_level(config, low, high, most_sampled(config, low, high))
             first, end = sampled_chunks(config, low, high, level)
             sampled = end - first
         products = walkers * walked + voters * looked + asked * sampled * dim
@@ -181,13 +182,12 @@ class TreeSearch(BoundByNeed):
         `near` `[heads, G, rows]`: log-sum-exp of each row of `blocks` over sink, window and own
         block; for votes by need."""
         parts, row = [], 0
-        most = self.config.method_options().sample
 
         def alike(block: QueryBlock) -> tuple[int, int, int | None]:
             low, high = block.low, block.high
             if looked_at_whole(self.config, low, high):
                 return block.rows, 0, None
-            sampled = sample_level(self.config, low, high, most)
+            sampled = sample_level(self.config, low, high, most_sampled(self.config, low, high))
             return block.rows, sampled, start_level(self.config, low, high)
 
         for (rows, sampled, level), run in groupby(blocks, key=alike):

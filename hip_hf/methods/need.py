@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 SPREAD = 2654435761
 # One row in so many is asked for its need.
 ASKED = 2
+# Need is estimated from one key in so many, within limits that `sample` sets.
+SPACING = 64
 # Votes, what each finds near, and how many of them walk the tree (`BoundByNeed._votes`).
 Votes = tuple[Tensor, Tensor | None, int]
 
@@ -66,6 +68,14 @@ def walkers_of(config: HiPConfig, votes: int) -> int:
     """How many of so many votes by need walk the tree: all, where nothing is scored again at its
     end."""
     return -(-votes // config.method_options().descent) if config.rescore_blocks else votes
+
+
+def most_sampled(config: HiPConfig, low: int, high: int) -> int:
+    """From how many keys of the blocks `low` to `high - 1` need is estimated at most: one in
+    `SPACING`, but a quarter of `sample` in any case, and no more than `sample`. With two at least,
+    a chunk always lies inside."""
+    most = int(config.method_options().sample)
+    return min(most, max(2, most // 4, (high - low) * config.block_k // SPACING))
 
 
 def sampled_chunks(config: HiPConfig, low: int, high: int, level: int) -> tuple[int, int]:

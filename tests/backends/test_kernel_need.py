@@ -77,9 +77,8 @@ def reference(
         sinks = case.sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)
         logits = torch.cat([logits, sinks], dim=-1)
     near = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1)
-    stride, most = 1, case.config.method_options().sample
-    while len(sample := brute.spread(block.low * bk, block.high * bk, stride)) > most:
-        stride *= 2
+    most = case.config.method_options().sample
+    sample = brute.sampled_keys(block.low * bk, block.high * bk, most)
     distance = (row + 1 - block.window_start).clamp(max=trained - 1).expand(-1, len(sample))
     at = torch.tensor(sample)
     logits = logits_of(case, span, block, at, distance if case.positions else None, dtype)

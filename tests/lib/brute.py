@@ -41,7 +41,7 @@ def always_read(
 def by_need(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, first: int, low: int, high: int,
     logit: Callable[..., float], sinks: list[float] | None = None, sliding: int | None = None,
-    most: int = 448,
+    most: int = 768,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of a query block's rows by their need; arguments and result as of `always_read` and
     `neediest`."""
@@ -51,7 +51,7 @@ def by_need(
 
 def neediest(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float],
-    low: int, high: int, logit: Callable[..., float], most: int = 448,
+    low: int, high: int, logit: Callable[..., float], most: int = 768,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
     """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most: for which the
     best of `most` of its keys stands out most from what they read in any case. So many of them, the
@@ -62,9 +62,7 @@ def neediest(
     allowed = heads if count == 1 else min(len(ids), most_votes(config, heads, low, high))
     walking = None
     if allowed < len(ids):
-        stride = 1
-        while len(sample := spread(low * bk, high * bk, stride)) > most:
-            stride *= 2
+        sample = sampled_keys(low * bk, high * bk, most)
         need = {
             (r, h): max(logit(rows[r, h], keys[at]) for at in sample) - near[r, h] for r, h in ids
         }
@@ -97,6 +95,15 @@ def walkers(config: Any, votes: int) -> int:
     """How many of the votes of rows chosen by need walk the tree: the others only score what is
     found with all its keys."""
     return math.ceil(votes / config.method_options().descent) if config.rescore > 1 else votes
+
+
+def sampled_keys(begin: int, end: int, most: int) -> list[int]:
+    """The keys of `[begin, end)` that need is estimated from: one in 64, but a quarter of `most` in
+    any case, and `most` at most."""
+    stride, most = 1, min(most, max(2, most // 4, (end - begin) // 64))
+    while len(found := spread(begin, end, stride)) > most:
+        stride *= 2
+    return found
 
 
 def spread(begin: int, end: int, stride: int) -> list[int]:

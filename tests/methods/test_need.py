@@ -150,9 +150,7 @@ def test_those_vote_who_need_most(
                 middle = (position >= low * 4) & (position < high * 4)
                 hidden = position[None] > torch.tensor([p for p, _ in at])[:, None]
                 near = logits.masked_fill(middle | hidden, -torch.inf).logsumexp(-1)
-                stride = 1
-                while len(some := brute.spread(low * 4, high * 4, stride)) > sample:
-                    stride *= 2
+                some = brute.sampled_keys(low * 4, high * 4, sample)
                 need, estimate = (logits[:, keys].amax(-1) - near for keys in (middle, some))
                 count = min(len(at), -(-len(heads) * 16 // 8))
                 by_all, by_some = (

@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import small
 
+from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span, make_query_block, query_blocks
-from hip_hf.methods.need import sample_level, sampled_chunks, votes_of
+from hip_hf.methods.need import most_sampled, sample_level, sampled_chunks, votes_of
 from hip_hf.methods.ranking import sampled_rows, squash
 
 pytestmark = pytest.mark.fast
@@ -117,6 +118,15 @@ def test_how_many_rows_vote() -> None:
     assert votes_of(small(block_q=16, query_stride=5), 16, 1, False) == 4
     assert votes_of(small(block_q=16, query_stride=40), 16, 1, False) == 1
     assert votes_of(small(block_q=16, query_stride=16), 16, 2, False) == 2
+
+
+def test_need_is_estimated_from_one_key_in_64_within_limits() -> None:
+    config = HiPConfig()
+    lengths = (4096, 12288, 24576, 49152, 1 << 20)
+    assert [most_sampled(config, 4, 4 + n // 16) for n in lengths] == [192, 192, 384, 768, 768]
+    every = HiPConfig(options={"sample": 1 << 28})
+    assert most_sampled(every, 4, 4 + (1 << 16)) > 1 << 20
+    assert most_sampled(HiPConfig(options={"sample": 2}), 0, 1) == 2
 
 
 @pytest.mark.parametrize("block_k", [1, 3, 4])

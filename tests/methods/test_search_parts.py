@@ -321,4 +321,4 @@ def test_the_highest_logit_of_each_row(
 def test_bad_options(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         Options(**values)
-    assert (Options(weight=0, sample=2), Options(weight=1)) == (Options(0, 2), Options(1, 448))
+    assert (Options(weight=0, sample=2), Options(weight=1)) == (Options(0, 2), Options(1, 768))

@@ -20,6 +20,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.gpu_shapes import FP32_BYTES, NO_COST, KernelCost, Shape
 from hip_hf.eval.measure.latency import refresh_period
 from hip_hf.methods.hip import looked_at_whole
+from hip_hf.methods.need import most_sampled
 
 # Rows of a query block where all keys are read.
 DENSE_BLOCK = dense_reads().block_q
@@ -84,8 +85,9 @@ def need(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     if not (voting.weighed or voting.ranked):
         return NO_COST
     share = voting.asked / config.block_q
-    sample = config.method_options().sample if voting_share(tokens, config, shape) < share else 0
-    keys = keys_near(tokens, config, config.block_q) + min(sample, tokens)
+    keys = keys_near(tokens, config, config.block_q)
+    if voting_share(tokens, config, shape) < share:
+        keys += most_sampled(config, 0, tokens // config.block_k)
     tiles = tokens / config.block_q * shape.row_tiles("prefill", voting.asked, shape.key_heads)
     numbers = shape.number_bytes((2 if voting.ranked else 1) * share)
     moved = shape.key_bytes(tiles * keys) + tokens * (share * shape.row + numbers)

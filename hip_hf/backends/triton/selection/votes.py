@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 FEATURES = 16
 # Spreads the sample's places within their chunks.
 SPREAD = tl.constexpr(by_need.SPREAD)
+# Need is estimated from one key in so many.
+SPACING = tl.constexpr(by_need.SPACING)
 # Keys of a tile at least: what matrix instructions take.
 FEWEST_KEYS = 16
 # Of the needs of a query block, what a warp compares at a time in registers.
@@ -187,8 +189,9 @@ def need_kernel(
 
     if RANKED:
         low, high = sink // BLOCK_K * BLOCK_K, window // BLOCK_K * BLOCK_K
-        level = low * 0
-        while (high >> level) - ((low + (1 << level) - 1) >> level) > SAMPLE:
+        fewest: tl.constexpr = SAMPLE // 4 if SAMPLE > 8 else 2
+        level, most = low * 0, tl.minimum(SAMPLE, tl.maximum(fewest, (high - low) // SPACING))
+        while (high >> level) - ((low + (1 << level) - 1) >> level) > most:
             level += 1
         chunk, ends = (low + (1 << level) - 1) >> level, high >> level
         asked = count_asked(own_rows, VOTERS, STRIDE)
