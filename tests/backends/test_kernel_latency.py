@@ -452,11 +452,12 @@ def test_the_model_adds_up() -> None:
         "attend_kernel"
     ].bytes == 16 * 2 * 52 * 64 + 2 * 320 * 64 + 2 * 256 * 128 + 64 * 4 * (128 + 4 * 17 * 4)
     assert with_tail["combine_kernel"] == KernelCost(0, 64 * (4 * 4 * 17 * 4 + 128))
-    # by need, of half of the rows with 36 keys that are always read and a sample of 256: a quarter
-    # of all rows are copied; sampled rows are only read
+    # by need, of half of the rows with 36 keys that are always read and a sample of 64, which is a
+    # quarter of the largest, as the prompt is short: a quarter of all rows are copied; sampled rows
+    # are only read
     need, vote = kernel_costs.need(320, config, shape), kernel_costs.vote(320, config, shape)
     assert need == KernelCost(
-        320 * 4 * 292 * 16, 20 * 2 * 292 * 32 + 320 * 128 / 2 + 320 * 4 * 4 * 2 / 2
+        320 * 4 * 100 * 16, 20 * 2 * 100 * 32 + 320 * 128 / 2 + 320 * 4 * 4 * 2 / 2
     )
     assert vote == KernelCost(0, 320 * 128 * 2 / 4 + 320 * 4 * 4 * (1 / 2 + 2 / 4))
     # with `query_stride=2` all that are asked vote, and are read where they lie
