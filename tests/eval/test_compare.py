@@ -146,7 +146,8 @@ def test_bytes_of_a_query_block() -> None:
 
 
 def test_bytes_of_asking_who_needs_the_middle() -> None:
-    """Of 300 keys between sink and window at most 256 are asked: one of two."""
+    """Of 300 keys between sink and window at most 64 are asked, a quarter of `sample`: one of
+    eight."""
     config = small(options={"sample": 256})
     block = query_blocks(config, make_problem(*make_qkv(413)).spans[0], False)[20]
     asking, not_asking = (
@@ -154,7 +155,7 @@ def test_bytes_of_asking_who_needs_the_middle() -> None:
         for vote in ("need", "sampled")
     )
     assert block.num_candidates * 4 == 300
-    assert asking.selection_bytes - not_asking.selection_bytes == 2 * 150 * 16
+    assert asking.selection_bytes - not_asking.selection_bytes == 2 * 37 * 16
 
 
 def test_every_method_has_a_cost_and_a_preset() -> None:
