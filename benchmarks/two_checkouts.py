@@ -9,14 +9,13 @@ Each checkout has a process of its own, which keeps its tensors; the two take tu
 runs at a time. A call has 8 query and 2 key heads of 128 numbers. `prefill`: a whole prompt, every
 row sparse (`dense_tail=0`). `decode`: the mean of 64 steps that follow so many keys. `ratio`: the
 other checkout's time over this one's, the median of the rounds' ratios (above 1: this one is
-faster). `exponent`: of prefill's time in this checkout, from the shortest length to the longest.
+faster). `exponent`: of prefill's time in this checkout, fitted over the lengths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -102,6 +101,8 @@ def compare(
     other: Path, lengths: list[int], dtypes: list[str], rounds: int
 ) -> list[dict[str, Any]]:
     """A row for each dtype, phase and length."""
+    from hip_hf.eval.measure.latency import fit_exponent  # which the other may not have
+
     old, new = Checkout(other), Checkout(Path(__file__).resolve().parents[1])
     rows: list[dict[str, Any]] = []
     for dtype in dtypes:
@@ -120,8 +121,7 @@ def compare(
                 cells.append(row | {"other_s": seconds[0], "this_s": seconds[1]})
                 print(json.dumps(cells[-1]), flush=True)
             if phase == "prefill" and len(lengths) > 1:
-                grown = cells[-1]["this_s"] / cells[0]["this_s"]
-                cells[-1]["exponent"] = math.log(grown) / math.log(lengths[-1] / lengths[0])
+                cells[-1]["exponent"] = fit_exponent(lengths, [cell["this_s"] for cell in cells])
             rows += cells
     return rows
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, NoReturn, Protocol, cast
 
 from hip_hf.registry import METHODS, declared
-from hip_hf.shown import shown
+from hip_hf.shown import refused, shown
 
 REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
@@ -35,7 +35,7 @@ MOST_NESTED = 5
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
     """Raise ValueError for a setting: what was got, and what is allowed."""
-    raise ValueError(f"HiPConfig.{name}: got {shown(value)}, allowed: {allowed}")
+    raise refused(f"HiPConfig.{name}", shown(value), allowed)
 
 
 def _check_parts(

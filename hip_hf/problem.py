@@ -12,6 +12,7 @@ from torch import Tensor
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.rope import Positions
+from hip_hf.shown import refused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_NAMES = "float16, bfloat16, float32 or float64"
@@ -83,7 +84,7 @@ def tracing() -> str:
 
 def fail(name: str, value: object, allowed: str) -> NoReturn:
     """Raise ValueError for an argument: what was got, and what is allowed."""
-    raise ValueError(f"{name}: got {value}, allowed: {allowed}")
+    raise refused(name, value, allowed)
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

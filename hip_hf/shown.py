@@ -22,6 +22,11 @@ class _Short(reprlib.Repr):
 shown = _Short().repr
 
 
+def refused(name: str, got: object, allowed: str) -> ValueError:
+    """The error for an argument, a setting or a file that is not as it must be."""
+    return ValueError(f"{name}: got {got}, allowed: {allowed}")
+
+
 def said(error: Exception) -> str:
     """The kind of an error and the first line of what it says."""
     text = str(error).strip().splitlines()

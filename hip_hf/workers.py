@@ -19,6 +19,10 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
+# Logits that rows and many keys make at a time, in each worker, to stay in cache: more keys, or
+# more rows, wait for these.
+LOGITS_AT_ONCE = 1 << 20
+
 
 class Like(Protocol):
     """A tensor, or keys in pages: what has a dtype and a device."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.cache.pages import BlockTable, Store
+from hip_hf.shown import refused
 
 FORMAT = "hip_hf.cache.1"
 # What safetensors calls the dtypes that a cache may have.
@@ -72,7 +73,7 @@ def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
 
 def fail(path: Path, got: object, allowed: str) -> None:
     """Raise ValueError for a file that holds something else than it should."""
-    raise ValueError(f"path {str(path)!r}: got {got}, allowed: {allowed}")
+    raise refused(f"path {str(path)!r}", got, allowed)
 
 
 @contextlib.contextmanager

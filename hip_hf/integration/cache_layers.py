@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 from hip_hf.cache.pages import PagedTensor
-from hip_hf.integration.settings import refused
+from hip_hf.shown import refused
 from hip_hf.state import DecodeState
 
 # Model types whose layers make the keys of attention out of what the cache returns, by a function

@@ -33,8 +33,9 @@ from hip_hf.backends.keys_read import Count, share_of
 from hip_hf.cache.pages import BlockTable, HeadRows, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, wrap
-from hip_hf.integration.settings import attends_by_us, refused
+from hip_hf.integration.settings import attends_by_us
 from hip_hf.problem import AttentionProblem, make_spans
+from hip_hf.shown import refused
 from hip_hf.state import DecodeState
 
 GATE = "transformers.generation.continuous_batching.continuous_api"

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from hip_hf.integration.layer_attention import Call
 from hip_hf.integration.model_checks import attention_layers, check_reach
-from hip_hf.integration.settings import NAMES, attends_by_us, layer_index, refused, text_config
+from hip_hf.integration.settings import NAMES, attends_by_us, layer_index, text_config
+from hip_hf.shown import refused
 
 
 @dataclass(frozen=True)

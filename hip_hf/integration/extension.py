@@ -16,8 +16,9 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.patches.families import families
-from hip_hf.integration.settings import layer_index, refused
+from hip_hf.integration.settings import layer_index
 from hip_hf.rope import CHUNK_INDEXED_LAYERS, Positions, Rope
+from hip_hf.shown import refused
 
 # Kinds of RoPE whose angles are a fixed multiple of the position.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

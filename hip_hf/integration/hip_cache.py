@@ -40,7 +40,8 @@ from hip_hf.integration.cache_layers import (
 )
 from hip_hf.integration.changes import set_attribute, set_item
 from hip_hf.integration.paged_layer import PagedHybridLayer, PagedLayer
-from hip_hf.integration.settings import attends_by_us, refused
+from hip_hf.integration.settings import attends_by_us
+from hip_hf.shown import refused
 
 
 class HiPCache(DynamicCache):

@@ -31,8 +31,9 @@ from hip_hf.integration.masks import (
     visible_rows,
 )
 from hip_hf.integration.model_checks import NO_ATTENTIONS
-from hip_hf.integration.settings import layer_index, layer_settings, refused
+from hip_hf.integration.settings import layer_index, layer_settings
 from hip_hf.problem import AttentionProblem, make_spans, tracing
+from hip_hf.shown import refused
 from hip_hf.state import DecodeState
 
 # Arguments of a layer that change what attention means, and that we would silently ignore.

@@ -29,8 +29,8 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from hip_hf.geometry import Span
 from hip_hf.integration.extension import refuse_followed
 from hip_hf.integration.model_checks import check_config, refuse_foreign_model
-from hip_hf.integration.settings import refused
 from hip_hf.problem import exporting, tracing
+from hip_hf.shown import refused
 
 PAD = torch.iinfo(torch.int32).max
 LAST = 2**29  # far above any number that masks add, and any context

@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import (
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.extension import check_extension
-from hip_hf.integration.settings import is_ours, read_settings, refused, text_config
+from hip_hf.integration.settings import is_ours, read_settings, text_config
+from hip_hf.shown import refused
 
 NO_ATTENTIONS = (
     "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"

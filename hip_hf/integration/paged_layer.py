@@ -19,8 +19,9 @@ from hip_hf.cache.pages import BlockTable, PagedTensor, Store, read_all
 from hip_hf.cache.pool import PAGE, PagePool
 from hip_hf.integration.cache_layers import CUT_OFF, KIND, Stateful, cut_off, unusable
 from hip_hf.integration.extension import UNROTATED, check_extension, extends, rope_of
-from hip_hf.integration.settings import attends_by_us, read_settings, refused
+from hip_hf.integration.settings import attends_by_us, read_settings
 from hip_hf.rope import Rope
+from hip_hf.shown import refused
 
 
 def _gathered(name: str) -> Any:

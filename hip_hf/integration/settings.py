@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hip_hf.config import HiPConfig
+from hip_hf.shown import refused
 
 # The names under which this attention is registered with Transformers, and the method each of them
 # forces (None: the one in the settings).
@@ -22,11 +23,6 @@ def is_ours(name: Any) -> bool:
 def attends_by_us(config: Any) -> bool:
     """Whether a model with this text config attends by one of the registered names."""
     return is_ours(getattr(config, "_attn_implementation", None))
-
-
-def refused(name: str, got: str, allowed: str) -> ValueError:
-    """The error for an argument or a setting that is not as it must be."""
-    return ValueError(f"{name}: got {got}, allowed: {allowed}")
 
 
 def text_config(model: nn.Module) -> Any:

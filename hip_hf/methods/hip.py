@@ -47,13 +47,11 @@ from hip_hf.methods.need import (
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows
 from hip_hf.rope import Positions, farthest_chunk, rotate
-from hip_hf.workers import scratch
+from hip_hf.workers import LOGITS_AT_ONCE, scratch
 
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need
 # not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
-# Logits of votes for all keys of a short context: more votes than make so many wait for these.
-LOGITS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)

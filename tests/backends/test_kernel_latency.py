@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -273,18 +274,7 @@ def test_the_command_prints_everything(monkeypatch: pytest.MonkeyPatch) -> None:
             "machine",
             lambda: {"cpu": "a CPU", "threads": 1, "gpu": None, "torch": "2"},
         )
-    shape = (
-        "--heads",
-        "4",
-        "--kv-heads",
-        "2",
-        "--head-dim",
-        "16",
-        "--repeats",
-        "1",
-        "--lengths",
-        str(LENGTH),
-    )
+    shape = split(f"--heads 4 --kv-heads 2 --head-dim 16 --repeats 1 --lengths {LENGTH}")
     fields = {
         key: value
         for key, value in kernels().to_dict().items()

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -363,19 +364,8 @@ def test_command_with_several_budgets(tmp_path: Path) -> None:
         )
     )
     picture = tmp_path / "curves.png"
-    arguments = [
-        model,
-        "--document",
-        text,
-        "--tokens",
-        "512",
-        "--facts",
-        "2",
-        "--prompts",
-        "1",
-        "--budgets",
-        "32,64",
-    ]
+    arguments = [model, "--document", text]
+    arguments += split("--tokens 512 --facts 2 --prompts 1 --budgets 32,64")
     report = run(
         fidelity_command.main,
         *arguments,

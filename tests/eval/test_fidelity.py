@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -215,19 +216,8 @@ def test_command(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
     settings = json.dumps(SMALL)
     oracle = json.dumps({**SMALL, "method": "oracle"})
-    arguments = [
-        model,
-        "--document",
-        text,
-        "--tokens",
-        "512",
-        "--facts",
-        "2",
-        "--settings",
-        settings,
-        "--settings",
-        oracle,
-    ]
+    arguments = [model, "--document", text, *split("--tokens 512 --facts 2")]
+    arguments += ["--settings", settings, "--settings", oracle]
     saved = tmp_path / "rows.json"
     printed = run(fidelity_command.main, *arguments, "--no-per-layer", "--output", str(saved))
     rows = printed["rows"]
@@ -255,21 +245,8 @@ def test_command(tmp_path: Path) -> None:
 
 def test_command_stress(tmp_path: Path) -> None:
     model, text = save_checkpoint(tmp_path)
-    arguments = [
-        model,
-        "--document",
-        text,
-        "--tokens",
-        "512",
-        "--facts",
-        "2",
-        "--prompts",
-        "1",
-        "--stress",
-        "1K,2K",
-        "--rows",
-        "64",
-    ]
+    arguments = [model, "--document", text]
+    arguments += split("--tokens 512 --facts 2 --prompts 1 --stress 1K,2K --rows 64")
     rows = run(fidelity_command.main, *arguments, "--settings", json.dumps(SMALL))["rows"]
     assert [(row["keys"], row["layer"]) for row in rows] == [
         (keys, n) for keys in (1024, 2048) for n in ("all", 0, 1)

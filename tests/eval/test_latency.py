@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -172,22 +173,9 @@ def test_exponents_take_sparse_prefill_in_range_only() -> None:
 @pytest.mark.fast
 def test_command_prints_json_and_writes_files(tmp_path: Path) -> None:
     output, picture = tmp_path / "latency.json", tmp_path / "latency.png"
-    sizes = (
-        "--heads",
-        "4",
-        "--kv-heads",
-        "2",
-        "--head-dim",
-        "16",
-        "--repeats",
-        "1",
-        "--dtypes",
-        "fp32",
-        "--lengths",
-        "256,1K",
-    )
+    sizes = "--heads 4 --kv-heads 2 --head-dim 16 --repeats 1 --dtypes fp32 --lengths 256,1K"
     given = ("--settings", json.dumps(SMALL), "--output", output, "--plot", picture, "--json")
-    result = invoke(latency_command.main, *sizes, *given)
+    result = invoke(latency_command.main, *split(sizes), *given)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert [row["length"] for row in document["rows"]] == [256, 1024, 256, 256, 1024, 1024]

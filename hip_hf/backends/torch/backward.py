@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.base import Piece
-from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE
 from hip_hf.geometry import QueryBlock
 from hip_hf.problem import AttentionProblem
-from hip_hf.workers import run
+from hip_hf.workers import LOGITS_AT_ONCE, run
 
 
 def traced(

@@ -17,11 +17,8 @@ from hip_hf.backends.tensors import Tensors, merge
 from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, head_rows_of
 from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods.ranking import squash
-from hip_hf.workers import compute_dtype, scratch, widened
+from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, scratch, widened
 
-# A block of rows meets a long contiguous range in tiles whose logits are at most this many
-# elements, to stay in cache.
-LOGITS_AT_ONCE = 1 << 20
 # Bytes of logits for sink and window that wait for a selection at most, in each worker: a part of
 # what stays in cache.
 NEAR_AT_ONCE = 1 << 22

@@ -12,11 +12,11 @@ from hip_hf.backends.base import Piece
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.tensors import Tensors
 from hip_hf.backends.torch import fused
-from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, attend_range
+from hip_hf.backends.torch.block_sparse import attend_range
 from hip_hf.cache.pages import PagedKeys, PagedTensor, rows_of
 from hip_hf.geometry import QueryBlock, Span
 from hip_hf.problem import AttentionProblem, exporting
-from hip_hf.workers import run
+from hip_hf.workers import LOGITS_AT_ONCE, run
 
 # Rows that meet all their keys at once in the block-by-block path.
 ROWS_AT_ONCE = 64

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
-from hip_hf.backends.torch.block_sparse import LOGITS_AT_ONCE, add_sinks, exponentiate
+from hip_hf.backends.torch.block_sparse import add_sinks, exponentiate
 from hip_hf.methods.ranking import squash
-from hip_hf.workers import compute_dtype, run, scratch
+from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, run, scratch
 
 # Rows, of all query heads of a group together, that meet their keys at once.
 ROWS_AT_ONCE = 128

@@ -6,7 +6,8 @@ from torch import nn
 
 from hip_hf.integration.patches import llama, mistral, qwen
 from hip_hf.integration.patches.base import Patcher
-from hip_hf.integration.settings import refused, text_config
+from hip_hf.integration.settings import text_config
+from hip_hf.shown import refused
 
 # by model type
 _FAMILIES: dict[str, Patcher] = {**llama.PATCHERS, **mistral.PATCHERS, **qwen.PATCHERS}

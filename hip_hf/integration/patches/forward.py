@@ -27,7 +27,8 @@ from hip_hf.integration.extension import UNROTATED, extended, other_cache, posit
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.layer_attention import refuse
 from hip_hf.integration.patches.base import Patcher
-from hip_hf.integration.settings import NAMES, layer_settings, refused
+from hip_hf.integration.settings import NAMES, layer_settings
+from hip_hf.shown import refused
 
 # Method of a module by which `nn.DataParallel` copies it.
 REPLICATE = "_replicate_for_data_parallel"
