@@ -34,8 +34,8 @@ class Bound:
         (`streaming.py`). `heads` are key heads; `S` is 1 where the group shares its mask, else the
         number of query heads per key head. Every given query block has more than `budget`
         candidates; where there are fewer, all are read. Where the selector `asks_need`, a third
-        argument: `near` `[heads, G, rows]`, log-sum-exp of the blocks' rows over what they always
-        read.
+        argument: `near` `[heads, G, rows]`, log-sum-exp of those of the blocks' rows that may vote
+        (`need.asked_rows`) over what they always read.
         """
         raise NotImplementedError
 

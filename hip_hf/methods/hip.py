@@ -47,11 +47,13 @@ from hip_hf.methods.need import (
 from hip_hf.methods.pyramid import Pyramid, Representative, make_representative
 from hip_hf.methods.ranking import NO_CHUNK, aggregate, best, read_on, sampled_rows
 from hip_hf.rope import Positions, farthest_chunk, rotate
-from hip_hf.workers import LOGITS_AT_ONCE, scratch
+from hip_hf.workers import scratch
 
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need
 # not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
+# Logits of votes for candidates that are looked at whole, so many that they stay in cache.
+LOGITS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -346,8 +348,8 @@ class TreeSearch(BoundByNeed):
         lanes, index = head_rows_of(keys, size), block_index(keys, ids, size)
         scores = q.new_empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         count, dim = ids.shape[2], keys.shape[-1]
-        units = index.shape[2] // count  # of each block
-        most = min(count, max(1, GATHERED_AT_ONCE // (size * dim * keys.dtype.itemsize)))
+        units, each = index.shape[2] // count, len(ids) * size * dim * keys.dtype.itemsize
+        most = min(count, max(1, GATHERED_AT_ONCE // each))
         picked = scratch.take("picked", (len(ids), most * units, lanes[0].width), keys)
         logits = scratch.take("logits", (len(ids), q.shape[2], count * size), q)
         for item in range(ids.shape[1]):

@@ -61,19 +61,18 @@ def aggregate(
     if invalid is not None:
         last = logits[..., logits.shape[-1] - invalid.shape[-1] :]
         last.masked_fill_(invalid.unsqueeze(-2), -torch.inf)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     if score == "max":
-        scores = logits.amax(-2).to(dtype)
+        scores = logits.amax(-2).to(torch.promote_types(logits.dtype, torch.float32))
         scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).amax(-1)
     else:
-        wide = widened(logits)
-        largest = wide.amax(-1, keepdim=True)
-        shares = wide.sub_(largest).exp_()
-        total = shares.sum(-1)
+        shares, largest = widened(logits), logits.amax(-1)
+        torch.softmax(shares, dim=-1, out=shares)
         if near is not None:
-            total += torch.exp(near - largest[..., 0])
-        shares = shares if size == 1 else shares.unflatten(-1, (-1, size)).sum(-1)
-        scores = shares.mul_(total.reciprocal_()[..., None]).sum(-2)
+            # what is read in any case, as a multiple of all candidates together
+            beside = shares.amax(-1).mul_(torch.exp(near - largest))
+            shares.mul_(beside.add_(1).reciprocal_()[..., None])
+        scores = shares.sum(-2)
+        scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).sum(-1)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
     limit = torch.finfo(torch.float32).max
     scores.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit)

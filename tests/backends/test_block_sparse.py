@@ -45,7 +45,7 @@ def make_case(rows: int, count: int, sink: int, window: int, dtype: torch.dtype 
 
 
 def known_of(t: Tensors, blocks: list[QueryBlock]) -> torch.Tensor:
-    return near_logits(t, blocks, SIZE, 4 * SIZE)[0].clone()
+    return near_logits(t, blocks, SIZE, 4 * SIZE, range(blocks[0].rows))[0].clone()
 
 
 @pytest.mark.parametrize(("rows", "count"), [(16, 3), (7, 1), (2, 2), (1, 3)])
@@ -70,7 +70,11 @@ def test_what_is_read_anyway_has_the_log_sum_exp_of_attention_to_it(given):
     t, blocks, _ = make_case(16, 3, 16, 40)
     t = replace(t, **given)
     want = partial(t, blocks, None, SIZE, True)[1]
-    torch.testing.assert_close(near_logits(t, blocks, SIZE, 0)[1], want, atol=1e-12, rtol=1e-12)
+    got = near_logits(t, blocks, SIZE, 0, range(16))[1]
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    some = near_logits(t, blocks, SIZE, 0, range(1, 16, 2))[1].unflatten(2, (3, 16))
+    assert some[..., ::2].isnan().all()
+    torch.testing.assert_close(some[..., 1::2], got.unflatten(2, (3, 16))[..., 1::2])
 
 
 def test_some_heads_of_a_group_take_their_part_of_known_logits():
@@ -97,12 +101,12 @@ def test_bf16_is_no_less_exact_with_known_logits(monkeypatch):
 def test_rows_of_a_block_do_not_see_each_others_future(worst):
     t, blocks, ids = make_case(16, 2, 16, 40)
     before = partial(t, blocks, ids, SIZE, False, known=known_of(t, blocks))[0].clone()
-    near = known_of(t, blocks)
+    near = known_of(t, blocks)[..., 4 * SIZE :]
     at = blocks[1].first + 9
     t.k[:, at:] = worst
     t.v[:, at:] = 1e30
     known = known_of(t, blocks)
+    assert not torch.equal(known[..., 4 * SIZE :], near)
     after = partial(t, blocks, ids, SIZE, False, known=known)[0]
-    assert not torch.equal(known, near)
     assert torch.equal(after[:, :, : blocks[1].row + 9], before[:, :, : blocks[1].row + 9])
     assert not torch.equal(after[:, :, blocks[1].row + 9 :], before[:, :, blocks[1].row + 9 :])

@@ -19,9 +19,9 @@ from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, scratch, widened
 
-# Bytes of logits for sink and window that wait for a selection at most, in each worker: a part of
-# what stays in cache.
-NEAR_AT_ONCE = 1 << 22
+# Bytes of logits that wait for a selection at most, in each worker, with room for those of what is
+# selected: enough query blocks to amortise the operations of a search.
+NEAR_AT_ONCE = 1 << 25
 # Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so
 # many keys on average; shorter ones are brought together, so many keys at a time.
 KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
@@ -41,11 +41,12 @@ def always_read(block: QueryBlock) -> tuple[int, int]:
 class Logits:
     """Logits of query blocks that are `alike`, one query block after another, over a part of what
     they read: the key blocks `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and
-    window.
+    window, in this order.
 
-    `reserved`: keys, selected later, that stand between sink and window where positions are given
-    by the order of what is read. Each step is a handful of operations on buffers and views made
-    once: the workers share the interpreter, and would wait for each other at every operation more.
+    `reserved`: keys, selected later, that are read between sink and window where positions are
+    given by the order of what is read. Each step is a handful of operations on buffers and views
+    made once: the workers share the interpreter, and would wait for each other at every operation
+    more.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Logits:
             ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
         (sink, window), picked = always_read(first), ids.shape[2] * block_k
         self.total = sink + picked + reserved + window
-        self.places = [(0, sink + picked), (self.total - window, self.total)]
-        if not near:
-            self.places = [(sink, sink + picked)]
+        self.places = [(sink, sink + picked)]
+        if near:
+            self.places += [(0, sink), (self.total - window, self.total)]
+        else:
             sink = window = 0
         self.picked, self.keys = picked, sink + picked + window
 
@@ -79,7 +81,7 @@ class Logits:
         if t.positions is not None:
             self.queries = t.positions.streaming(self.queries, self.total)
         self.chosen = [row.unbind(0) for row in block_index(t.k, ids, block_k).unbind(1)]
-        self.part = Parts("k", t.k, blocks, (sink, picked, window), block_k)
+        self.part = Parts("k", t.k, blocks, (picked, sink, window), block_k)
         self.k = scratch.take("k", tuple(self.part.all.shape), self.like)
         self.unseen = future(n, q.device)
         self.at = None
@@ -118,26 +120,31 @@ class Logits:
         return torch.promote_types(self.like.dtype, torch.float32)
 
 
-def in_parts(t: Tensors, blocks: list[QueryBlock]) -> list[slice]:
+def in_parts(t: Tensors, blocks: list[QueryBlock], reserved: int) -> list[slice]:
     """Parts of query blocks that are `alike` whose `near_logits` may wait together."""
-    logits = t.q.shape[1] * blocks[0].rows * sum(always_read(blocks[0]))
+    logits = t.q.shape[1] * blocks[0].rows * (reserved + sum(always_read(blocks[0])))
     size = max(1, NEAR_AT_ONCE // (logits * compute_dtype(t.q).itemsize))
     return [slice(at, at + size) for at in range(0, len(blocks), size)]
 
 
 def near_logits(
-    t: Tensors, blocks: list[QueryBlock], block_k: int, reserved: int
+    t: Tensors, blocks: list[QueryBlock], block_k: int, reserved: int, asked: range
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[len(blocks), heads, G * rows, sink + window]` of query blocks that are `alike` for
-    what they always read, and the log-sum-exp `[heads, G, len(blocks) * rows]` of each row, in fp32
-    at least. `reserved`: see `Logits`."""
+    """Logits `[len(blocks), heads, G * rows, reserved + sink + window]` of query blocks that are
+    `alike` for what they always read, behind room for those of so many selected keys, and the
+    log-sum-exp `[heads, G, len(blocks) * rows]` of each block's rows that are `asked`, in fp32 at
+    least; NaN for the others."""
     of = Logits(t, blocks, None, block_k, reserved=reserved)
-    logits = scratch.take("near", (of.count, of.lanes, of.rows, of.keys), of.like)
-    lse = torch.empty(of.count, of.lanes, of.rows, dtype=of.lse_dtype, device=of.like.device)
-    wide = scratch.take("wide", tuple(logits.shape[1:]), lse)
+    shape, by_group = (of.count, of.lanes, of.rows, reserved + of.keys), (of.groups, -1)
+    logits = scratch.take("near", shape, of.like)
+    lse = torch.full(shape[:3], torch.nan, dtype=of.lse_dtype, device=of.like.device)
+    some = slice(asked.start, asked.stop, asked.step)
+    wide = scratch.take("wide", (of.lanes, of.groups, len(asked), of.keys), lse)
     for i in range(of.count):
-        of.fill(i, logits[i])
-        lse[i] = exponentiate(wide.copy_(logits[i]))[1]
+        own = logits[i, ..., reserved:]
+        of.fill(i, own)
+        wide.copy_(own.unflatten(1, by_group)[:, :, some])
+        lse[i].unflatten(1, by_group)[:, :, some] = exponentiate(wide)[1]
     return logits, of.by_rows(lse)
 
 
@@ -154,24 +161,23 @@ def partial(
     `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and window. Output
     `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without attention sinks), in the
     dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
-    `near_logits` gives them."""
+    `near_logits` gives them; they are overwritten."""
     of = Logits(t, blocks, ids, block_k, near=near and known is None)
     sink, window = always_read(blocks[0]) if near else (0, 0)
-    values = Parts("v", t.v, blocks, (sink, of.picked, window), block_k)
+    values = Parts("v", t.v, blocks, (of.picked, sink, window), block_k)
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
     outputs = scratch.take("out", (of.count, of.lanes, of.rows, t.v.shape[-1]), of.like)
-    logits = scratch.take("logits", (of.lanes, of.rows, sink + of.picked + window), of.like)
-    selected = logits if known is None else logits[..., sink : sink + of.picked]
+    keys = of.picked + sink + window
+    logits = scratch.take("logits", (of.lanes, of.rows, keys), of.like)
     lses: list[Tensor] = []
     for i in range(of.count):
         values.fill(i, of.chosen[i])
         if values.all.dtype != v_all.dtype:
             v_all.copy_(values.all)
-        if of.keys:
-            of.fill(i, selected)
         if known is not None:
-            logits[..., :sink] = known[i][..., :sink]
-            logits[..., sink + of.picked :] = known[i][..., sink:]
+            logits = known[i, ..., known.shape[-1] - keys :]
+        if of.keys:
+            of.fill(i, logits[..., : of.keys])
         lse = weigh_values(logits, v_all, outputs[i], need_lse)
         if lse is not None:
             lses.append(lse)
@@ -223,8 +229,8 @@ def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Parts:
-    """A buffer `[heads, sink + picked + window, D]` for the keys (or values) that one query block
-    reads, and views of it; `sizes`: `(sink, picked, window)`."""
+    """A buffer `[heads, picked + sink + window, D]` for the keys (or values) that one query block
+    reads, and views of it; `sizes`: `(picked, sink, window)`."""
 
     def __init__(
         self,
@@ -234,17 +240,17 @@ class Parts:
         sizes: tuple[int, int, int],
         block_k: int,
     ) -> None:
-        (heads, _, dim), (sink, picked, window), first = x.shape, sizes, blocks[0]
+        (heads, _, dim), (picked, sink, window), first = x.shape, sizes, blocks[0]
         self.all = scratch.take(name, (heads, sum(sizes), dim), x)
         # the same for every query block
-        self.all[:, :sink] = x[:, first.start : first.start + sink]
+        self.all[:, picked : picked + sink] = x[:, first.start : first.start + sink]
         self.lanes = head_rows_of(x, block_k)
-        into = [lane[sink : sink + picked] for lane in self.all]
+        into = [lane[:picked] for lane in self.all]
         self.picked = [
             part.view(part.numel() // lane.width, lane.width)
             for part, lane in zip(into, self.lanes, strict=True)
         ]
-        self.window = self.all[:, sink + picked :]
+        self.window = self.all[:, picked + sink :]
         self.windows = None
         if window:
             windows = x[:, first.window_start : blocks[-1].last + 1].unfold(1, window, first.rows)
@@ -364,7 +370,7 @@ def _positions(block: QueryBlock, ids: Tensor, block_k: int, near: bool) -> Tens
         return selected
     ends = ((block.start, block.sink_end), (block.window_start, block.last + 1))
     parts = [torch.arange(*some, device=ids.device).expand(len(ids), -1) for some in ends]
-    return torch.cat([parts[0], selected, parts[1]], dim=1)
+    return torch.cat([selected, *parts], dim=1)
 
 
 def _mask_sliding(logits: Tensor, position: Tensor, first: int, window: int) -> None:

@@ -25,7 +25,7 @@ from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span, rows_of_blocks
 from hip_hf.methods.base import Bound
-from hip_hf.methods.need import BoundByNeed
+from hip_hf.methods.need import BoundByNeed, asked_rows
 from hip_hf.state import DecodeState, KeptSelection, RowState
 from hip_hf.workers import compute_dtype, run
 
@@ -132,9 +132,10 @@ class SparseAttention(BlockSparseCall):
                 continue
             for _, same in groupby(run, key=alike):
                 some = list(same)
-                for part in in_parts(t, some):
+                asked = asked_rows(self.config, some[0].rows)
+                for part in in_parts(t, some, self.budget * self.config.block_k):
                     # sink and window first: they tell who needs a key outside of them
-                    logits, near = self._near(t, some[part])
+                    logits, near = self._near(t, some[part], asked)
                     ids = self._selected(search, heads, some[part], near)
                     self._attend(t, span, heads, some[part], ids, logits)
 
@@ -142,12 +143,12 @@ class SparseAttention(BlockSparseCall):
         """Whether the budget covers all candidates of a query block: there is nothing to select."""
         return block.num_candidates <= self.budget
 
-    def _near(self, t: Tensors, blocks: list[QueryBlock]) -> tuple[Tensor, Tensor]:
+    def _near(self, t: Tensors, blocks: list[QueryBlock], asked: range) -> tuple[Tensor, Tensor]:
         """Logits of query blocks that are `alike` for what they always read, as `near_logits` gives
         them, and the log-sum-exp `[heads, G, rows]` of these and the attention sinks, which also
-        take from what is left for the candidates."""
+        take from what is left for the candidates, of each block's rows that are `asked`."""
         size = self.config.block_k
-        logits, lse = near_logits(t, blocks, size, reserved=self.budget * size)
+        logits, lse = near_logits(t, blocks, size, self.budget * size, asked)
         if t.sinks is not None:
             lse = torch.logaddexp(lse, t.sinks[:, :, None].to(lse.dtype))
         return logits, lse
@@ -210,7 +211,7 @@ class SparseAttention(BlockSparseCall):
             (block,) = self._blocks(span)
             search, ids = self._search(t, row, [block]), None
             if not self._covered(block):
-                near = self._near(t, [block])[1] if self.selector.asks_need else None
+                near = self._near(t, [block], range(1))[1] if self.selector.asks_need else None
                 ids = self._selected(search, heads, [block], near)
             if row is not None:
                 row.selection = KeptSelection(ids, block.window_start, block.first)
@@ -246,7 +247,7 @@ class SparseAttention(BlockSparseCall):
         size = self.config.block_k
         outs, lses, nears = [], [], []
         for block in together(blocks):
-            logits, near = self._near(t, [block])
+            logits, near = self._near(t, [block], range(block.rows))
             nears.append(near)
             if self.pieces is not None:
                 continue
