@@ -64,9 +64,13 @@ class Declared(Protocol):
     options: type
     extends: bool
 
-    def check(self, config: HiPConfig) -> None: ...
+    def check(self, config: HiPConfig) -> None:
+        """Raise ValueError for settings that the method cannot serve."""
+        ...
 
-    def selected_keys(self, config: HiPConfig) -> int: ...
+    def selected_keys(self, config: HiPConfig) -> int:
+        """Return how many keys are selected for a query block at most."""
+        ...
 
 
 def _method(name: str) -> Declared:

@@ -47,8 +47,9 @@ class Bound:
     def resume(
         self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only
-        a rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
+        """Return what every stage of the search keeps, chunk indices `[heads, S, len(blocks), n]`
+        (None: the stage is left out), given what the first `len(kept)` of them kept. Only a rule
+        whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
         raise NotImplementedError
 
 

@@ -94,10 +94,12 @@ class Square:
 
     @property
     def rows(self) -> int:
+        """Return the number of rows."""
         return self.end - self.first
 
     @property
     def keys(self) -> int:
+        """Return the number of keys."""
         return self.key_end - self.key_first
 
 

@@ -146,6 +146,7 @@ class Pyramid:
         return sum(table.nbytes for table in self.levels)
 
     def copy(self) -> Pyramid:
+        """Return a copy that can be extended by itself."""
         other = Pyramid(self.representative, self.block_k, self.dtype)
         other.blocks = self.blocks
         other.levels = [table.clone() for table in self.levels]

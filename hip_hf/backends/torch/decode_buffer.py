@@ -142,8 +142,8 @@ class Gathered:
 def gathered_rows(
     problem: AttentionProblem, config: HiPConfig, state: DecodeState
 ) -> list[RowState] | None:
-    """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most
-    steps are: what is kept of each span's row. None where there is more to do."""
+    """Return what is kept of each span's row for a decode step that selects nothing and whose keys
+    are all gathered but its own, as in most steps. Return None for any other call."""
     if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None:
         return None
     if problem.needs_grad or not state.bound(config, problem.k):

@@ -60,6 +60,7 @@ class TokenClock:
             self.resumed = self.last = time.perf_counter()  # what `at_first` took is no decoding
 
     def end(self) -> None:
+        """Tell the other streamer that the text has ended."""
         if self.text is not None:
             self.text.end()
 

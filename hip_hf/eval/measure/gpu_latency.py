@@ -94,10 +94,12 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
+        """Return the device on which runs are timed."""
         return self.plan.device
 
     @property
     def shape(self) -> Shape:
+        """Return the attention layer that is timed, as the cost model describes it."""
         plan, like = self.plan, torch.empty(0, device=self.device)
         heads = plan.heads, plan.kv_heads, plan.head_dim
         size = latency.TIMED_DTYPES[self.dtype].itemsize
@@ -120,6 +122,7 @@ class Bench:
         return runs
 
     def refuse(self, what: str, name: str, error: Exception) -> None:
+        """Note that the backend `name` refuses `what`, with the first line of its error."""
         self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
     def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> KernelCost | None:

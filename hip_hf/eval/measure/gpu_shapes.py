@@ -65,6 +65,7 @@ class Shape:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return a dtype whose elements have `size` bytes."""
         return torch.float32 if self.size == torch.float32.itemsize else torch.bfloat16
 
     def lists(self, config: HiPConfig) -> int:
@@ -72,6 +73,7 @@ class Shape:
         return mask_heads(config, self.query_heads, self.key_heads)
 
     def tile(self, kernel: str) -> Tile:
+        """Return the launch configuration of `kernel` for these heads."""
         return tile_of(kernel, self.target, self.dim, self.dim, self.dtype)
 
     def rows(self, kernel: str, block_q: int, lists: int) -> int:
@@ -123,9 +125,12 @@ class KernelCost:
         return KernelCost(self.flops + other.flops, self.bytes + other.bytes)
 
     def times(self, count: float) -> KernelCost:
+        """Return `count` times this cost."""
         return KernelCost(self.flops * count, self.bytes * count)
 
     def milliseconds(self, gpu: str) -> float:
+        """Return the milliseconds that `gpu` needs at least: those of its matrix products or those
+        of its memory, whichever are more."""
         _, terabytes = GPUS[gpu]
         return max(self.products(gpu), 1e3 * self.bytes / (terabytes * 1e12))
 

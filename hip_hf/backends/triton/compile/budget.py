@@ -92,6 +92,7 @@ class StandIn:
         self.properties = sizes | dict(multiprocessor_count=1, warpSize=self.target.warp_size)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return the properties of a GPU that compiling asks for."""
         return self.properties
 
     def get_current_target(self) -> GPUTarget:
