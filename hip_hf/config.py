@@ -87,7 +87,7 @@ class HiPConfig:
             `hip_hf/registry.py`.
         options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the
             bound in `blend`, `sample`: the most keys from which a row's need is estimated; and with
-            `rescore`, `descent`: one in so many votes by need walks the tree, `onward`: the share
+            `rescore`, `descent`: one in `descent` votes by need walks the tree, `onward`: the share
             of a block's `mass` that the block after it gets as well).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.

@@ -343,8 +343,8 @@ class PagedTensor(Tensor):
     """What a paged cache hands to the attention function in place of keys (or values)
     `[B, Hkv, T, D]`.
 
-    Attention of ours reads it sequence by sequence (`rows_of`). For whatever else is done with it,
-    it is the ordinary tensor (`dense`), gathered at that moment.
+    The attention function of `hip` reads it sequence by sequence (`rows_of`). For whatever else is
+    done with it, it is the ordinary tensor (`dense`), gathered at that moment.
     """
 
     @staticmethod

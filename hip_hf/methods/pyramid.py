@@ -1,5 +1,5 @@
 """The pyramid of chunk summaries that the tree search walks (HiP section 3; representatives:
-InfiniteHiP and ours).
+InfiniteHiP's and this project's).
 
 Level `l` summarises each aligned chunk of `block_k * 2**l` keys by a few vectors. Chunks are
 complete when they are summarised, so a summary never changes: the pyramid is append-only. A parent

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hip_hf.problem import AttentionProblem
     from hip_hf.state import DecodeState, KeptSelection, RowState
 
-# A buffer that is full grows by one in so many of its rows, and by so many at least.
+# A buffer that is full grows by `1 / GROWTH` of its rows, and by `GROWTH` rows at least.
 GROWTH = 8
 
 
@@ -50,8 +50,8 @@ class Gathered:
         self.until = 0  # position of the first step that is to select anew
 
     def _take_room(self, room: int) -> None:
-        """Room for so many rows, those in use kept. What a selection reads grows with every step
-        that it serves, and it may be made to serve any number."""
+        """Make room for `room` rows and keep those in use. What a selection reads grows with every
+        step that it serves, and it may be made to serve any number of steps."""
         with torch.inference_mode(False):  # they outlive the mode they were made in
             self.k, self.v = (
                 torch.cat(
