@@ -54,7 +54,7 @@ from hip_hf.shown import said
 
 Rows = list[dict[str, Any]]
 
-# Products of a row's numbers in half precision miss by less than so many of its units, as a share
+# Products of a row's numbers in half precision miss by less than this many of its units, as a share
 # of the row.
 UNITS = 2.0
 # Bytes of a GPU that decode steps leave free beside what grows with the batch: workspaces, graphs,
@@ -221,7 +221,7 @@ def free_bytes(device: torch.device) -> float:
 
 def fitting(plan: TimingPlan, length: int, free: float) -> int:
     """The largest batch, up to the plan's and at least one, whose decode steps at `length` keys fit
-    into so many bytes: keys and values, and the summaries of two kept states (amortised and
+    into `free` bytes: keys and values, and the summaries of two kept states (amortised and
     refreshed, which are there at a time without graphs)."""
     (dtype,), (config,) = (TIMED_DTYPES[name] for name in plan.dtypes), plan.settings.values()
     pyramid = KeyPyramid.empty(

@@ -64,8 +64,8 @@ LOOKUP = 0.1
 # Query blocks begin at multiples of this many rows, whatever their size.
 ALIGNED = 256
 MEASURES = ("facts", "lost", "missed", "links")
-# What queries `[heads, R, D]` would find among the keys of a middle `[heads, n, D]`: `[heads, R]`,
-# a logarithm.
+# What queries `[heads, R, D]` would find among the candidate keys `[heads, n, D]` between sink and
+# window: `[heads, R]`, a logarithm.
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -113,7 +113,8 @@ def gaussian(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def centre_spread(size: int) -> Estimate:
-    """By the summaries of chunks with which the tree is searched, each counted as so many keys."""
+    """Estimate by the summaries of chunks of `size` keys with which the tree is searched, each
+    counted as `size` keys."""
 
     def estimate(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         blend = make_representative("blend", HiPConfig().method_options().weight)
@@ -123,13 +124,13 @@ def centre_spread(size: int) -> Estimate:
 
 
 def both(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The mean of two: summaries of chunks of 64, by which a middle holds too much, and a key of
-    each 32, each counted as 32."""
+    """The mean of two: summaries of chunks of 64, by which the candidates hold too much, and a key
+    of each 32, each counted as 32."""
     return (centre_spread(64)(q, keys) + mass(q, at_random(keys, 32)) + math.log(32)) / 2
 
 
 # Each with the step from one row that is asked to the next, and with what it multiplies with a row
-# on average, in keys, of the 7,500 in the middle of 8,192.
+# on average, in keys, of the 7,500 between sink and window of 8,192.
 ESTIMATES: dict[str, tuple[Estimate, int, int]] = {
     "the highest of a key of each 8, every second row": (
         lambda q, k: highest(q, at_random(k, 8)), 2, 466),
@@ -160,7 +161,7 @@ ESTIMATES: dict[str, tuple[Estimate, int, int]] = {
 @dataclass
 class Kept:
     """Sums over layers and heads: attention to a fact's digits, `[digits]`, `all` and what is
-    `read`; what is `missed` of all attention of so many `rows`; all attention that looks up a key
+    `read`; what is `missed` of all attention of `rows` rows; all attention that looks up a key
     between sink and window, and what is read of that."""
 
     all: torch.Tensor

@@ -109,7 +109,7 @@ class ServedAnswer:
 
 
 def greedy(new_tokens: int) -> dict[str, Any]:
-    """What a request says to get so many tokens, the likeliest each, whatever the checkpoint
+    """What a request says to get `new_tokens` tokens, the likeliest each, whatever the checkpoint
     says."""
     options = {
         "do_sample": False,
@@ -121,7 +121,7 @@ def greedy(new_tokens: int) -> dict[str, Any]:
 
 
 def complete(client: Any, model: str, prompt: str, new_tokens: int) -> ServedAnswer:
-    """Stream the continuation of a prompt by so many tokens."""
+    """Stream the continuation of a prompt by `new_tokens` tokens."""
     answer, start = ServedAnswer(), time.perf_counter()
     for chunk in client.completions.create(
         model=model, prompt=prompt, stream=True, **greedy(new_tokens)
@@ -156,7 +156,7 @@ def soak(
     clients: int = 8,
 ) -> list[dict[str, Any]]:
     """Ask for answers of all kinds, several at once, and note the server's memory before, and after
-    every so many requests.
+    each `every` requests.
 
     `text(tokens, seed)` makes prompts. A tenth have `longest` tokens; the logarithms of the others'
     lengths are spread evenly, so that most are short. Some have `refused` tokens, which is more

@@ -35,7 +35,7 @@ Lengths = Annotated[str, typer.Option(help="Tokens of each prompt.")]
 
 
 def prompts(tokenizer: Any, ids: list[int], tokens: int, name: str, count: int) -> list[str]:
-    """Texts of about so many tokens that all begin differently."""
+    """Make `count` texts of about `tokens` tokens that all begin differently."""
     texts = []
     for i in range(count):
         first = tokenizer.encode(f"{name}, client {i}. ", add_special_tokens=False)

@@ -7,8 +7,8 @@ own defaults, in one interleaved run.
 
 Each checkout has a process of its own, which keeps its tensors; the two take turns, and only one
 runs at a time. A call has 8 query and 2 key heads of 128 numbers. `prefill`: a whole prompt, every
-row sparse (`dense_tail=0`). `decode`: the mean of 64 steps that follow so many keys. `ratio`: the
-other checkout's time over this one's, the median of the rounds' ratios (above 1: this one is
+row sparse (`dense_tail=0`). `decode`: the mean of 64 steps after a prompt of that length. `ratio`:
+the other checkout's time over this one's, the median of the rounds' ratios (above 1: this one is
 faster). `exponent`: of prefill's time in this checkout, fitted over the lengths.
 """
 

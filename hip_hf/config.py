@@ -64,9 +64,13 @@ class Declared(Protocol):
     options: type
     extends: bool
 
-    def check(self, config: HiPConfig) -> None: ...
+    def check(self, config: HiPConfig) -> None:
+        """Raise ValueError for settings that the method cannot serve."""
+        ...
 
-    def selected_keys(self, config: HiPConfig) -> int: ...
+    def selected_keys(self, config: HiPConfig) -> int:
+        """Return how many keys are selected for a query block at most."""
+        ...
 
 
 def _method(name: str) -> Declared:
@@ -83,7 +87,7 @@ class HiPConfig:
             `hip_hf/registry.py`.
         options: the method's own settings, validated by its dataclass (for `hip`: `weight` of the
             bound in `blend`, `sample`: the most keys from which a row's need is estimated; and with
-            `rescore`, `descent`: one in so many votes by need walks the tree, `onward`: the share
+            `rescore`, `descent`: one in `descent` votes by need walks the tree, `onward`: the share
             of a block's `mass` that the block after it gets as well).
         budget: keys selected per query block, a multiple of `block_k`.
         block_q: query rows that share one selection.

@@ -34,10 +34,12 @@ class Span:
 
     @property
     def keys(self) -> int:
+        """Return the number of keys."""
         return self.key_end - self.key_start
 
     @property
     def rows(self) -> int:
+        """Return the number of query rows."""
         return self.row_end - self.row_start
 
     @property
@@ -72,6 +74,7 @@ class QueryBlock:
 
     @property
     def rows(self) -> int:
+        """Return the number of query rows."""
         return self.last - self.first + 1
 
     @property

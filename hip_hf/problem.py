@@ -88,7 +88,8 @@ def fail(name: str, value: object, allowed: str) -> NoReturn:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError for shapes, dtypes and devices that do not fit together."""
+    """Raise ValueError if shapes, dtypes and devices of q `[B, Hq, Tq, D]`, k `[B, Hkv, T, D]` and
+    v `[B, Hkv, T, Dv]` do not fit together."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.ndim != 4:
             got = tuple(getattr(tensor, "shape", ())) or type(tensor).__name__
@@ -200,8 +201,8 @@ def make_spans(
 
 
 def check_finite(name: str, x: Tensor, spans: tuple[Span, ...], rows: bool) -> None:
-    """Raise ValueError where a real row (of queries or keys) holds NaN or infinity. One pass over
-    them when all is well."""
+    """Raise ValueError where a real row (of queries or keys) of `x` `[B, heads, tokens, dim]` holds
+    NaN or infinity. One pass over them is enough when all is well."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     for span in spans:
         part = slice(span.row_start, span.row_end) if rows else slice(span.key_start, span.key_end)

@@ -1,8 +1,8 @@
 """Rotary positions given at attention time: context extension (InfiniteHiP, arXiv 2502.08910;
 StreamingLLM, arXiv 2309.17453).
 
-q and k come un-rotated. Every distance at which a query meets a key is then ours to choose, and
-none exceeds what the model was trained for:
+q and k come un-rotated. Every distance at which a query meets a key can then be chosen, and none
+exceeds what the model was trained for:
 
     a query block: what it reads (sink | selected | window) gets consecutive positions that end at
                    the query's

@@ -28,10 +28,14 @@ class Like(Protocol):
     """A tensor, or keys in pages: what has a dtype and a device."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the elements."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Return the device on which the elements lie."""
+        ...
 
 
 class Scratch(threading.local):
@@ -42,7 +46,7 @@ class Scratch(threading.local):
         self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Like) -> Tensor:
-        """A buffer of `shape`, in dtype and device of `like`."""
+        """Return a buffer of the given `shape`, in dtype and device of `like`."""
         key, size = (name, like.dtype, like.device), prod(shape)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < size:
@@ -56,8 +60,8 @@ scratch = Scratch()
 
 
 def widened(x: Tensor) -> Tensor:
-    """Itself in fp32 or fp64; half precision as a buffer in fp32, since that is slow to
-    exponentiate and too coarse to sum up."""
+    """Return `x` (of any shape) itself in fp32 or fp64; half precision is copied into a buffer in
+    fp32, since it is slow to exponentiate and too coarse to sum up."""
     if x.dtype in (torch.float32, torch.float64):
         return x
     return scratch.take("wide", tuple(x.shape), x.new_empty(0, dtype=torch.float32)).copy_(x)

@@ -35,8 +35,8 @@ class Piece:
     rows: int
 
     def positions(self, head: int, share: int, i: int) -> Tensor:
-        """Of the keys that the query heads `share` of key head `head` read in query block `i`;
-        relative to the span."""
+        """Return the positions `[n]`, relative to the span, of the keys that the query heads
+        `share` of key head `head` read in query block `i`."""
         block = self.blocks[i]
         if self.ids is None:
             return torch.arange(block.start, block.last + 1, device="cpu")
@@ -73,6 +73,7 @@ class Executor:
 
     @property
     def decoding(self) -> bool:
+        """Return whether the call is a decode step, in which every row selects for itself."""
         return self.problem.q.shape[2] <= DECODE_ROWS
 
     def tail(self, span: Span) -> int:
@@ -81,7 +82,7 @@ class Executor:
 
     @property
     def count(self) -> Count:
-        """Of the call, once it has run."""
+        """Return the count of the keys that the call reads, once it has run."""
         raise NotImplementedError
 
     def run(self, state: DecodeState | None) -> None:
@@ -105,7 +106,7 @@ class Result:
 
     @property
     def share(self) -> float:
-        """Of the visible keys, how many were read: counted here."""
+        """Return the share of the visible keys that were read. It is counted here."""
         return share_of(self.count)
 
 
@@ -166,7 +167,7 @@ class BlockSparseCall(Executor):
         return partial(of_blocks, self.config, self.budget, *told)
 
     def _blocks(self, span: Span, window: int | None = None) -> list[QueryBlock]:
-        """As `blocks_of`."""
+        """Return the query blocks of a span, as `blocks_of` does."""
         return blocks_of(self.config, span, self.decoding, self.problem.sliding_window, window)
 
     def _empty_mask(self) -> BlockMask:

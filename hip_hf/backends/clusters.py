@@ -10,8 +10,8 @@ log-sum-exps:
 which is the sum of exp(q . k) over a cluster if its keys are spread normally. (Beyond sqrt(2
 log(count)) standard deviations of q . k a cluster has no key, and the largest one is all of the
 sum.) Clusters hold keys of like content from anywhere in the context: the means of neighbouring
-keys say much less about them. There are so many clusters at any length, so the estimate takes O(1)
-for a row.
+keys say much less about them. There are `CLUSTERS` clusters at any length, so the estimate takes
+O(1) for a row.
 
 The first of these keys are the first centres. A key joins the nearest one; each time that as
 many keys again have joined, the centres move to their clusters' means. So a key's cluster depends
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hip_hf.backends.tensors import Tensors
 
 # Clusters of one key head. The demo's output error (streaming, budget 256: 0.259) falls to 0.122
-# with 64 of them, to 0.117 with 128, and they cost a row as much as so many times 1.5 keys.
+# with 64 of them, to 0.117 with 128, and each of them costs a row as much as 1.5 keys.
 CLUSTERS = 64
 # Keys that join at once, and query blocks that are estimated at once: what they make stays in
 # cache.

@@ -273,9 +273,10 @@ def _corrected(
 
 
 def fading(count: int, weight: float, like: Tensor) -> tuple[Tensor, float]:
-    """How much the mean of before, of this weight, and `count` new differences weigh in the mean
-    after none of them, after the first, and so on: `[count + 1, 1 + count]`, in dtype and device of
-    `like`. And what the last mean weighs."""
+    """Return the weights `[count + 1, 1 + count]`, in dtype and device of `like`, of means whose
+    older parts weigh less: row `n` is the mean after `n` of the `count` new differences. Column 0
+    weighs the mean from before, whose total weight was `weight`; column `i` weighs the `i`-th new
+    difference. The total weight of the last mean is returned as well."""
     after = torch.arange(count + 1, dtype=torch.float64, device="cpu")
     age = after[:, None] - after
     weights = torch.where(age >= 0, DECAY ** age.clamp(min=0), 0.0)

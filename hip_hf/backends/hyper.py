@@ -20,6 +20,7 @@ class HyperCall(Executor):
 
     @property
     def options(self) -> Options:
+        """Return the method's own settings."""
         return self.config.method_options()
 
     @property

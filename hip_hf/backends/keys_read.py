@@ -16,24 +16,24 @@ Count = Callable[[], tuple[float, float]]
 
 
 def share_of(count: Count | None) -> float:
-    """Of the keys in sight, how many were read. None: all of them."""
+    """Return the share of the keys in sight that were read; without a `count` all were."""
     read, visible = (1, 1) if count is None else count()
     return read / visible if visible else 1.0
 
 
 def known(read: float, visible: float) -> tuple[float, float]:
-    """A count that needs no counting."""
+    """Return a count that needs no counting."""
     return read, visible
 
 
 def total(counts: Sequence[Count]) -> tuple[float, float]:
-    """Of several parts of a call."""
+    """Add up the counts of several parts of a call."""
     read, visible = zip(*(count() for count in counts), strict=True)
     return sum(read), sum(visible)
 
 
 def all_keys(spans: Sequence[Span], sliding: int | None) -> tuple[int, int]:
-    """Of dense rows."""
+    """Count the keys of dense rows, which read all keys in sight."""
     visible = sum(keys_seen(span.position, span.end - 1, sliding) for span in spans)
     return visible, visible
 
@@ -57,8 +57,9 @@ def of_blocks(
     decoding: bool,
     sliding: int | None,
 ) -> tuple[int, int]:
-    """Of query blocks that pick up to `budget` key blocks, and of a prompt's dense tail; a block
-    whose last rows are dense counts by the share of the others. `windows`: as in `blocks_of`."""
+    """Count the keys of query blocks that pick up to `budget` key blocks, and of a prompt's dense
+    tail. A block whose last rows are dense counts by the share of the others. `windows` are as in
+    `blocks_of`."""
     read = 0
     for span, window in zip(spans, windows, strict=True):
         dense = span.end if decoding else max(span.position, span.end - config.dense_tail)

@@ -35,7 +35,7 @@ def takes_groups(q: Tensor, v: Tensor) -> bool:
         return True
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.shape[3] == v.shape[3] <= FLASH_DIM:
         return False
-    # a graph that is being compiled is for kernels of ours, which ask as much of the device
+    # a graph that is being compiled is for the kernels of `hip_hf`, which ask as much of the device
     return (
         torch.compiler.is_compiling()
         or torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY

@@ -31,14 +31,16 @@ class Tensors:
     positions: Positions | None = None  # q and k are not rotated: here is where they go
 
     def part(self, heads: slice, group: slice = slice(None)) -> Tensors:
-        """Of the key heads `heads` alone, and of each of them the query heads `group`."""
+        """Return the part of the key heads `heads`, and of the query heads `group` of each of
+        them."""
         q, out = self.q[heads, group], self.out[heads, group]
         lse, sinks = (None if x is None else x[heads, group] for x in (self.lse, self.sinks))
         return replace(self, q=q, k=self.k[heads], v=self.v[heads], out=out, lse=lse, sinks=sinks)
 
 
 def tensors_of(problem: AttentionProblem, span: Span, out: Tensor, lse: Tensor | None) -> Tensors:
-    """The part of the problem's tensors that is the span, heads grouped by key head."""
+    """Return the span's part of the problem's tensors and of the results `out` `[B, Hq, Tq, Dv]`
+    and `lse` `[B, Hq, Tq]`, heads grouped by key head."""
     rows = slice(span.row_start, span.row_end)
     heads = problem.k.shape[1]
 

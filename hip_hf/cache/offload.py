@@ -66,9 +66,9 @@ class DevicePool:
             self.slot = torch.full((store.heads, 0), -1, device="cpu")  # of each page
 
     def slots(self, head: int, pages: Tensor, reader: str | None) -> Tensor:
-        """Where the (distinct) pages lie in the pool, fetched if they did not. `reader`: who asks
-        for them; None: they are brought for attention before it asks. Raises ValueError for more
-        than the pool holds."""
+        """Return where in the pool the (distinct) pages `[n]` lie, int64 `[n]`; those that were not
+        there are fetched. `reader`: who asks for them; None: they are brought for attention before
+        it asks. Raises ValueError for more than the pool holds."""
         known = self.slot.shape[1]
         if len(pages) and int(pages.max()) >= known:
             self.slot = torch.nn.functional.pad(self.slot, (0, int(pages.max()) + 1), value=-1)
@@ -116,7 +116,7 @@ class PooledHeadRows:
         self.width = self.rows.shape[1]
 
     def take(self, index: Tensor, out: Tensor) -> None:
-        """The rows at `index` into `out`."""
+        """Copy the rows at `index` int64 `[n]` into `out` `[n, size * D]`."""
         pages, which = (index // self.each).cpu().unique(return_inverse=True)
         # blocks that lie across two pages may need more than the pool has: in two goes
         if len(pages) > self.pool.pages:

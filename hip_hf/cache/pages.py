@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host, copied without a wait."""
+    """Copy a small tensor of the host, of any shape, to `device` without a wait."""
     return (host if device.type == "cpu" else host.pin_memory()).to(device, non_blocking=True)
 
 
@@ -110,7 +110,8 @@ class HeadRows:
         self.bounds = torch.tensor(first[1:], device=rows[0].device) if first[1:] else None
 
     def take(self, index: Tensor, out: Tensor) -> None:
-        """The rows at `index` into `out`, run by run of indices into the same arena."""
+        """Copy the rows at `index` int64 `[n]` into `out` `[n, gather_size * D]`, run by run of
+        indices into the same arena."""
         if self.bounds is None:
             torch.index_select(self.rows[0], 0, index, out=out)
             return
@@ -149,7 +150,7 @@ class Store:
         self._views: tuple[Tensor, Tensor, Tensor] | None = None
 
     def make_arena(self, pages: int) -> Tensor:
-        """Uninitialised memory for `pages` pages."""
+        """Return uninitialised memory for `pages` pages: `[Hkv, pages * page, D]`."""
         with torch.inference_mode(False):  # it outlives the mode it was made in
             return torch.empty(
                 self.heads, pages * self.page, self.dim, dtype=self.dtype, device=self.device
@@ -263,14 +264,17 @@ class PagedKeys:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Return the shape `(heads, length, D)` that a tensor of these keys would have."""
         return self.heads.stop - self.heads.start, self.length, self.store.dim
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the keys."""
         return self.store.dtype
 
     @property
     def device(self) -> torch.device:
+        """Return the device on which attention computes."""
         return self.store.device
 
     def __getitem__(self, at: slice | tuple[slice, slice]) -> Any:
@@ -300,7 +304,8 @@ KeyRows = Tensor | PagedKeys  # `[Hkv, T, D]`
 
 
 def head_rows_of(keys: KeyRows, block_k: int) -> list[Any]:
-    """Every head's rows to pick key blocks from, by the indices that `block_index` gives."""
+    """Return the rows of every head of `keys` `[Hkv, T, D]`, from which key blocks are picked by
+    the indices that `block_index` gives."""
     if isinstance(keys, PagedKeys):
         return keys.store.head_rows(keys.heads, keys.store.gather_size(keys.start, block_k))
     whole = keys.shape[1] // block_k * block_k
@@ -338,8 +343,8 @@ class PagedTensor(Tensor):
     """What a paged cache hands to the attention function in place of keys (or values)
     `[B, Hkv, T, D]`.
 
-    Attention of ours reads it sequence by sequence (`rows_of`). For whatever else is done with it,
-    it is the ordinary tensor (`dense`), gathered at that moment.
+    The attention function of `hip` reads it sequence by sequence (`rows_of`). For whatever else is
+    done with it, it is the ordinary tensor (`dense`), gathered at that moment.
     """
 
     @staticmethod
@@ -356,7 +361,8 @@ class PagedTensor(Tensor):
         return BlockTable.stacked(self.tables, self.device)
 
     def dense(self) -> Tensor:
-        """The ordinary tensor; a view where there is one sequence in one piece."""
+        """Return the ordinary tensor `[B, Hkv, T, D]`: a view where there is one sequence in one
+        piece."""
         return read_all(self.store, self.tables, self.shape[2])
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -375,7 +381,8 @@ def read_all(store: Store, tables: list[BlockTable], length: int) -> Tensor:
 
 
 def rows_of(x: Tensor, batch: int, first: int, last: int) -> KeyRows:
-    """Keys (or values) `first` to `last - 1` of a batch row, wherever they lie."""
+    """Return keys (or values) `first` to `last - 1` of a batch row of `x` `[B, Hkv, T, D]`,
+    wherever they lie: `[Hkv, last - first, D]`."""
     if not isinstance(x, PagedTensor):
         return x[batch, :, first:last]
     return PagedKeys(x.store, x.tables[batch], first, last - first, slice(0, x.store.heads))

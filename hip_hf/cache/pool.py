@@ -39,7 +39,7 @@ class PagePool:
         return len(self.ref_count) - len(self.free)
 
     def bytes(self, pages: int) -> int:
-        """Size of so many pages, keys and values."""
+        """Return the size of `pages` pages, keys and values, in bytes."""
         sizes = [x.heads * x.dim * x.dtype.itemsize for x in (self.keys, self.values)]
         return pages * self.keys.page * sum(sizes)
 

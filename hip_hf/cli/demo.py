@@ -34,7 +34,7 @@ from hip_hf.integration.model_checks import attention_layers
 
 # Facts that are asked for where nothing else is said: with a prompt for each, and all at once.
 FACTS, AT_ONCE = 3, 8
-# Tokens of the document with all facts, where the model is made for so many.
+# Tokens of the document with all facts, where the model is made for this many.
 TOKENS = 8192
 # What the rows of `explain` are called in JSON, and in words.
 EXPLAINED = {"explain": "hip, prompt", "explain_decode": "hip, last decode step"}
@@ -53,7 +53,8 @@ DRAWN = Option(help="PNG file of which key blocks each query block reads.")
 
 
 def load(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
-    """Model, tokenizer and settings, without the library's own progress bar inside ours."""
+    """Return model, tokenizer and settings. The library's own progress bar is off, for the command
+    shows one itself."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -44,8 +44,9 @@ TASK_PRESETS = {
 
 
 def arguments_for(arguments: Sequence[str]) -> list[str]:
-    """lm-eval's arguments from ours: `--preset` becomes what it stands for, and the model type
-    `hip`, if there is none given. Raises UsageError if there is no such preset."""
+    """Return lm-eval's arguments, made from those of `hip-hf lm-eval`: `--preset` becomes what it
+    stands for, and the model type is `hip` if none is given. Raises UsageError if there is no such
+    preset."""
     given = list(arguments)
     if given[:1] in ([name] for name in SUBCOMMANDS) or not given or given in (["-h"], ["--help"]):
         return given

@@ -53,7 +53,7 @@ def main(set_: SetFields = None, max_model_len: Longest = None, **options: Any) 
 
 
 def _signature() -> inspect.Signature:
-    """Parameters of Transformers' command, and the two of ours behind them."""
+    """Return the parameters of Transformers' command, followed by the two of `main`."""
     argument = typer.Argument(metavar="MODEL", help="Checkpoint: a hub name or a folder.")
     changed: dict[str, dict[str, Any]] = {
         MODEL_OPTION: {"annotation": Annotated[str, argument], "default": inspect.Parameter.empty},

@@ -18,8 +18,10 @@ from hip_hf.problem import tracing
 def attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """See `attend_layer`. A `HiPCache` has the call's tokens already: where attention fails, it is
-    told, and is unusable then; if it has cut off its gradients, who asks for them is told so."""
+    """Attend as `attend_layer` does, query `[B, Hq, Tq, D]` and key `[B, Hkv, Tk, D]` ->
+    `[B, Tq, Hq, Dv]`. A `HiPCache` has the call's tokens already: where attention fails, it is told
+    so and is unusable from then on. If it has cut off its gradients, whoever asks for them is told
+    so."""
     if torch.compiler.is_compiling():
         return _compiled(module, query, key, *args, **kwargs)
     try:

@@ -46,7 +46,7 @@ class Stateful:
         self.hip_state = DecodeState()
 
     def stated(self, keys: torch.Tensor) -> torch.Tensor:
-        """The keys to return, with the state attached."""
+        """Return the keys `[B, Hkv, T, D]` with the state attached."""
         setattr(keys, STATE, self.hip_state)
         if torch.compiler.is_compiling():
             setattr(keys, NUMBER, self.hip_state.number)
@@ -55,18 +55,23 @@ class Stateful:
         return keys
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append as the layer itself does. Returns all keys, with the state attached, and all
+        values, `[B, Hkv, T, D]` each."""
         keys, values = super().update(*args, **kwargs)  # type: ignore[misc]
         return self.stated(keys), values
 
     def reset(self) -> None:
+        """Empty the layer and its state."""
         super().reset()  # type: ignore[misc]
         self.hip_state.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let batch row `b` of the layer and of its state continue what row `beam_idx[b]` was."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.hip_state.reorder(beam_idx)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Shorten the layer as it does itself, and its state to what is left."""
         super().crop(*args, **kwargs)  # type: ignore[misc]
         self.hip_state.crop(int(self.get_seq_length()))  # type: ignore[attr-defined]
 
@@ -80,7 +85,8 @@ class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer)
 
 
 def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
-    """The decode state, if any, of the cache layer that returned `keys` or what made them."""
+    """Return the decode state, if any, of the cache layer that returned `keys` `[B, Hkv, T, D]`, or
+    what they were made of."""
     state = newest.__dict__.pop("state", None)
     return getattr(keys, STATE, state if model_type in REBUILT else None)
 
@@ -104,7 +110,8 @@ def spoil(keys: torch.Tensor, model_type: str, error: BaseException) -> None:
 
 
 def cache_kind(keys: torch.Tensor, state: DecodeState | None, rows: int) -> str:
-    """How `explain` names the cache behind `keys`."""
+    """Return how `explain` names the cache behind the `keys` `[B, Hkv, T, D]` of a call of `rows`
+    query rows."""
     if isinstance(keys, PagedTensor):
         return "pages"
     if state is not None:
@@ -135,8 +142,9 @@ _warned = False
 
 
 def cut_off(x: torch.Tensor) -> torch.Tensor:
-    """What was computed from cached tokens where gradients are asked for: a backward pass through
-    it raises, rather than leave out what goes through the cache. Warns once."""
+    """Return `x` (of any shape), which was computed from cached tokens where gradients are asked
+    for. A backward pass through it raises an error, rather than leave out what goes through the
+    cache. Warns once."""
     global _warned
     if not _warned:
         _warned = True

@@ -352,9 +352,10 @@ def is_paged(value: Any) -> bool:
 
 
 def cache_of(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """The paged cache behind a layer's call, None if it is of no continuous batching. `arguments`:
-    the others of the attention function. Up to Transformers 5.23 the cache is among them; later the
-    layer itself updates it, and `key` knows. Raises ValueError for other packed requests."""
+    """Return the paged cache behind a layer's call with `key` `[B, Hkv, Tk, D]`, or None outside
+    continuous batching. `arguments`: the others of the attention function. Up to Transformers 5.23
+    the cache is among them; later the layer itself updates it, and `key` knows. Raises ValueError
+    for other packed requests."""
     cache = getattr(key, CACHE_OF_KEYS, None) or next(filter(is_paged, arguments.values()), None)
     if cache is None and getattr(_packing, "on", False):
         got = f"Transformers {transformers.__version__} brings no paged cache that is known here"

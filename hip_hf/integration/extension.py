@@ -135,9 +135,9 @@ def other_cache(what: str, extend: Any) -> ValueError:
 def unrotate(
     positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of a layer that rotates them itself, un-rotated: all the keys where this
-    call brought them, else those of a `HiPCache`, which has turned them back when they came. Raises
-    ValueError for keys in a cache of another kind."""
+    """Turn back the queries `[B, Hq, Tq, D]` and keys `[B, Hkv, Tk, D]` of a layer that rotates
+    them itself: all the keys where this call brought them; a `HiPCache` has turned back its own
+    when they came. Raises ValueError for keys in a cache of another kind."""
     first = key.shape[2] - query.shape[2]
     if cache is not None:
         raise refused("extend", "continuous batching without a patcher", "a patched family")

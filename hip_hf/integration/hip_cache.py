@@ -239,7 +239,8 @@ class HiPCache(DynamicCache):
         return keys, values
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
-        """Append to one paged layer, as `update` does, for a caller who reads it elsewhere."""
+        """Append `[B, Hkv, n, D]` to one paged layer, as `update` does, for a caller who reads it
+        elsewhere."""
         layer: Any = self.layers[layer_idx]
         now = self._check(layer_idx, key_states.shape[2])
         try:

@@ -145,8 +145,9 @@ def attend_layer(
 
 
 def is_bidirectional(module: nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> bool:
-    """Whether the rows of a call see the keys behind them as well. `is_causal`: None where only the
-    layer itself says it."""
+    """Whether the rows of a call see the keys after them as well. `mask` is a position mask
+    `[B, 1, 1, Tk]` or one of the model's own; `is_causal` is None where only the layer itself says
+    it."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # a mask of integers is made by hip and says itself what is causal, whatever the layer says (the

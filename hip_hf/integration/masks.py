@@ -153,8 +153,9 @@ def packed_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...]:
 
 
 def mask_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
-    """Spans that a position mask stands for in a call of `rows` query rows, worked out once per
-    forward; None where padding makes holes in a row. Raises ValueError for other integers."""
+    """Return the spans that a position mask `[B, 1, 1, Tk]` stands for in a call of `rows` query
+    rows, or None where padding makes holes in a row. They are worked out once per forward pass.
+    Raises ValueError for other integers."""
     known = getattr(mask, "_hip_spans", None)
     if known is not None and rows in known:
         return known[rows]
@@ -222,12 +223,14 @@ def _extents(mask: torch.Tensor) -> list[list[int]]:
 
 
 def holds_positions(mask: torch.Tensor) -> bool:
-    """Whether it is of integers, as position masks are: others are boolean or of numbers to add."""
+    """Whether a mask (of any shape) holds integers, as position masks do. Other masks are boolean
+    or hold numbers to add to the logits."""
     return not (mask.dtype == torch.bool or mask.is_floating_point())
 
 
 def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
-    """A position mask for the first `keys` keys, and what is attached to it; others unchanged."""
+    """Return the part `[B, 1, 1, keys]` of a position mask `[B, 1, 1, Tk]` for the first `keys`
+    keys, with what is attached to it. Other masks are returned as they are."""
     if mask.shape[-1] <= keys or not holds_positions(mask):
         return mask
     narrow = mask[..., :keys]
@@ -276,15 +279,16 @@ def _maker(mask: torch.Tensor) -> str:
 
 
 def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:
-    """Rows of the batch that came without a padding mask; 0 for a single one, which needs none."""
+    """Return how many rows of the batch came without a padding mask; 0 for a single one, which
+    needs none. `mask` is `[B, 1, 1, Tk]` or None."""
     if mask is None:
         return batch if batch > 1 else 0
     return getattr(mask, "_hip_unmasked", 0)
 
 
 def mask_window(mask: torch.Tensor, given: int | None) -> int | None:
-    """The sliding window that a position mask was made for; `given`, the layer's own, for a mask
-    that says nothing of one."""
+    """Return the sliding window that a position mask `[B, 1, 1, Tk]` was made for, or the layer's
+    own, `given`, for a mask that says nothing of one."""
     return getattr(mask, "_hip_window", given)
 
 

@@ -150,7 +150,8 @@ class PagedLayer(Stateful, DynamicLayer):
         return keys
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Raise ValueError for tensors that do not continue what is cached."""
+        """Raise ValueError for keys and values `[B, Hkv, n, D]` that do not continue what is
+        cached."""
         if self.pool is None:
             return
         stores = (("key_states", keys, self.pool.keys), ("value_states", values, self.pool.values))

@@ -59,8 +59,8 @@ def layer_index(module: nn.Module) -> int | None:
 
 
 def layer_settings(module: nn.Module, method: str | None) -> HiPConfig:
-    """The settings of one attention layer; `method` overrides theirs. Parsed anew only when the
-    model's config changed."""
+    """The settings of one attention layer; `method` overrides the method in them. They are parsed
+    anew only when the model's config changed."""
     raw = getattr(module.config, "hip", None)
     kept = module.__dict__.get("_hip_settings")
     if kept is not None and kept[0] == raw and kept[1] == method:

@@ -29,7 +29,7 @@ class Bound:
         """Sorted indices int64 `[heads, S, len(blocks), budget]` of the key blocks that each query
         block reads.
 
-        `budget` is `Selector.budget`, in blocks: exactly so many, all of them different. A rule
+        `budget` is `Selector.budget`, in blocks: exactly this many, all of them different. A rule
         that picks fewer says so by its `Selector.budget` and by `Method.selected_keys`
         (`streaming.py`). `heads` are key heads; `S` is 1 where the group shares its mask, else the
         number of query heads per key head. Every given query block has more than `budget`
@@ -47,8 +47,9 @@ class Bound:
     def resume(
         self, heads: slice, blocks: list[QueryBlock], kept: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """What every stage of the search keeps, given what the first `len(kept)` of them kept. Only
-        a rule whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
+        """Return what every stage of the search keeps, chunk indices `[heads, S, len(blocks), n]`
+        (None: the stage is left out), given what the first `len(kept)` of them kept. Only a rule
+        whose method lets `decode_refresh` be a list (`Method.check`) is asked for it."""
         raise NotImplementedError
 
 

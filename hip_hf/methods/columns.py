@@ -44,8 +44,9 @@ def probe(
     softcap: float | None,
     take: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """`take(head, rows, attention)` for all key heads and the query rows `rows`, a few at a time;
-    heads in parallel."""
+    """Call `take(head, rows, attention)` for every key head and the query rows `rows` `[n]`, a few
+    at a time, heads in parallel. q is `[Hkv, G, Tq, D]`, keys are `[Hkv, T, D]`, and attention is
+    that of `attention_of`."""
 
     def head(i: int) -> None:
         for some in rows.split(ROWS_AT_ONCE):
@@ -55,7 +56,8 @@ def probe(
 
 
 def block_sums(x: Tensor, block_k: int) -> Tensor:
-    """Sums over the whole blocks of the last dimension."""
+    """Return the sums `[..., T // block_k]` over the whole blocks of the last dimension of `x`
+    `[..., T]`."""
     return x[..., : x.shape[-1] // block_k * block_k].unflatten(-1, (-1, block_k)).sum(-1)
 
 
@@ -67,7 +69,7 @@ class ColumnSelector(base.Selector):
         return 0, 0
 
     def looked_at(self, rows: int, device: torch.device | None = None) -> Tensor:
-        """Which of a call's `rows` query rows are looked at, ascending."""
+        """Return which of a call's `rows` query rows are looked at: int64 `[n]`, ascending."""
         raise NotImplementedError
 
     def cost_of_call(self, rows: int, keys: int, dim: int) -> tuple[int, int]:
@@ -84,7 +86,7 @@ class Columns(base.Bound):
     scores: Tensor
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
-        """The best candidates of each query block."""
+        """Return the best candidates of each query block, `[heads, S, len(blocks), budget]`."""
         each = [self._best(heads, block).sort(dim=-1).values for block in blocks]
         return torch.stack(each, dim=2)
 

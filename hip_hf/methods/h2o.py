@@ -52,6 +52,7 @@ class History:
         return sum(table.nbytes for table in (self.mass, self.kept) if table is not None)
 
     def copy(self) -> History:
+        """Return a copy that later selections can change."""
         other = History(self.block_k)
         other.blocks, other.joined, other.kept = self.blocks, self.joined, self.kept
         other.mass = None if self.mass is None else self.mass.clone()
@@ -62,6 +63,7 @@ class History:
         return self.copy() if self.shared else self
 
     def extend(self, keys: Tensor, blocks: int) -> None:
+        """Reach `blocks` key blocks. Keys `[Hkv, T, D]` are not read: mass comes from selecting."""
         self.blocks = max(self.blocks, blocks)
 
     def truncate(self, blocks: int) -> None:

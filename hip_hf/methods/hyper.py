@@ -44,8 +44,8 @@ MOST_BITS, FEWEST_ROWS = 30, 16
 @dataclass(frozen=True)
 class Options:
     """`lsh_num_projs`: bits of the hash. `block_size`: keys of the own block. `sample_size`: keys
-    sampled; 0 leaves the rest of a square out. `min_seq_len`: up to so many keys, exact. The
-    defaults are the paper's."""
+    sampled; 0 leaves the rest of a square out. `min_seq_len`: attention is exact up to this many
+    keys. The defaults are the paper's."""
 
     lsh_num_projs: int = 7
     block_size: int = 256
@@ -94,10 +94,12 @@ class Square:
 
     @property
     def rows(self) -> int:
+        """Return the number of rows."""
         return self.end - self.first
 
     @property
     def keys(self) -> int:
+        """Return the number of keys."""
         return self.key_end - self.key_first
 
 
@@ -194,7 +196,7 @@ def flops(
         own = tile(square, options, torch.device("cpu"))
         rows = max(0, square.end - max(square.first, since))
         products += rows * (own.size + own.samples)
-        # a sampled key in the own block is read there; on average so many are
+        # a sampled key in the own block is read there already: those outside it count, on average
         read += rows * (own.size + own.samples * (square.keys - own.size) // square.keys)
     hashing = (end - first + end) * 2 * dim * options.lsh_num_projs if levels else 0
     return hashing * (end - since) // (end - first), products * 2 * (dim + value_dim), read

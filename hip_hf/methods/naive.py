@@ -37,8 +37,8 @@ class Search:
     """One search: settings, the keys `[T, D]` of one head, the votes, and the searched range
     `[low, high)` in key blocks.
 
-    `weight`: share of the bound in `blend`. `walking`: so many of the votes, the first, walk the
-    tree; None: all.
+    `weight`: share of the bound in `blend`. `walking`: the number of votes, the first ones, that
+    walk the tree; None: all.
     """
 
     config: HiPConfig

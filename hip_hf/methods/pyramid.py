@@ -1,5 +1,5 @@
 """The pyramid of chunk summaries that the tree search walks (HiP section 3; representatives:
-InfiniteHiP and ours).
+InfiniteHiP's and this project's).
 
 Level `l` summarises each aligned chunk of `block_k * 2**l` keys by a few vectors. Chunks are
 complete when they are summarised, so a summary never changes: the pyramid is append-only. A parent
@@ -146,6 +146,7 @@ class Pyramid:
         return sum(table.nbytes for table in self.levels)
 
     def copy(self) -> Pyramid:
+        """Return a copy that can be extended by itself."""
         other = Pyramid(self.representative, self.block_k, self.dtype)
         other.blocks = self.blocks
         other.levels = [table.clone() for table in self.levels]

@@ -242,8 +242,8 @@ def test_a_step_on_a_kept_state_refuses_a_new_key_that_is_not_finite() -> None:
 
 
 def check_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every selection from now on must stay inside its query block's middle. Gives the list of
-    their sizes."""
+    """Every selection from now on must be of its query block's candidates. Gives the list of their
+    sizes."""
     sizes: list[int] = []
     take_note = SparseAttention._take_note  # of whatever has been read
 

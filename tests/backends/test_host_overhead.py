@@ -179,7 +179,7 @@ KINDS = ("plain", "patched", "static")
 
 
 def metered(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Meter, Any]:
-    """A layer's meter, and what makes a step of its model with so many rows."""
+    """A layer's meter, and what makes a step of its model with `batch` rows."""
     model = llama()
     if kind == "patched":
         hip_hf.patch(model)

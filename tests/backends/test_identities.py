@@ -226,7 +226,7 @@ def test_tensors_that_are_not_contiguous() -> None:
 @pytest.mark.parametrize("block_q", [4, 6, 8, 16])
 @pytest.mark.parametrize("sliding", [34, 35, 41, 47, 48, 49, 50, 51])
 def test_every_query_block_is_computed_in_a_sliding_window(block_q: int, sliding: int) -> None:
-    """The middle may then shrink by a block from one query block to the next."""
+    """There may then be one candidate less from one query block to the next."""
     check_reads(
         small(block_q=block_q, block_k=16, budget=16, sink=0),
         150,

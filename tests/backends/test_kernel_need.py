@@ -1,5 +1,5 @@
 """The kernels of votes by need (`votes.py`) against float64, written down from the description:
-what every row finds near, how much it needs the middle, and which rows vote."""
+what every row finds near, how much it needs the candidates, and which rows vote."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def logits_of(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Logits `[Hq, rows, keys]` of a query block for the keys at positions `at`; `distance`: how
-    far each is, if that is ours."""
+    far each is counted to be, if that is not its true distance."""
     row = span.row_start + block.row
     q = case.q[span.batch, :, row : row + block.rows].to(dtype)
     keys = case.keys(span)[:, at].to(dtype).repeat_interleave(case.groups, 0)

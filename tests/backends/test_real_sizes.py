@@ -50,7 +50,7 @@ BLOCKS = TOKENS // CONFIG.block_k
 NEEDED = (TOKENS - CONFIG.block_q - CONFIG.window) // CONFIG.block_k
 TILE = Tile(64, 64, 8, 1)
 LOGITS = Logits(DIM**-0.5)
-# Query rows of prompts: so many that the last of the query blocks that are laid out is full, the
+# Query rows of prompts: as many as make the last of the query blocks that are laid out full, the
 # first being cut.
 ROWS = TOKENS - CONFIG.block_q + 1
 # Rows at the end of a prompt, likewise, and where the keys begin of sequences that have no more.
@@ -96,7 +96,7 @@ def sequences(rows: int = ROWS, first: int = 0, query_rows: int = ROWS) -> Seque
 
 
 def reads(blocks: int) -> Reads:
-    """The last query block of the last sequence reads the last blocks of its middle."""
+    """The last query block of the last sequence reads the last of its candidates."""
     most = CONFIG.budget_blocks
     indices, counts = (
         tensor(BATCH, KEY_HEADS, blocks, *more, dtype=torch.int32) for more in ((most,), ())

@@ -41,7 +41,7 @@ USED = (
 )
 EARLY = ("batch", "settings")  # of `REFUSED`: what the mask function knows
 
-# what is wrong with a call of so many rows that sees so many keys, and what the error says
+# what is wrong with a call, made from its numbers of rows and of keys, and what the error says
 REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
     "output_attentions": (
         lambda rows, keys: dict(output_attentions=True),

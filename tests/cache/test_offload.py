@@ -91,7 +91,8 @@ def test_offload_changes_no_bit(where: str, pages: int, chunk: int) -> None:
 )
 def test_generate_with_offload_changes_no_token(family: str, beams: int, pages: int) -> None:
     """Pools that hold little more than one step needs (4 pages), less than the search looks at, and
-    everything. A middle that is looked at whole, and is more than a pool holds, streams past it."""
+    everything. Candidates that are looked at whole, and are more than a pool holds, stream past
+    it."""
     model = make_model(family, decode_refresh=2, rescore=2)
     options: dict[str, Any] = dict(do_sample=False, max_new_tokens=5, num_beams=beams)
     batch = make_batch([130, 95])

@@ -247,7 +247,7 @@ def test_hyper_is_sized_to_read_as_many_keys(tokens: int, budget: int) -> None:
 
 
 class Even:
-    """Every so many blocks: a method as a user would add it."""
+    """It picks blocks at even distances: a method as a user would add it."""
 
     def __init__(self, config: HiPConfig) -> None:
         self.config, self.budget = config, config.budget // config.block_k

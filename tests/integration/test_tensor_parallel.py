@@ -159,7 +159,7 @@ def test_several_processes_do_what_one_does(processes: int, tmp_path: Path) -> N
 
 
 def cut(heads: int, processes: int) -> LlamaConfig:
-    """As `from_pretrained` makes it for so many processes."""
+    """As `from_pretrained` makes it for `processes` processes."""
     sizes = dict(
         num_attention_heads=3 * heads,
         num_key_value_heads=heads,

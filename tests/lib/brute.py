@@ -26,7 +26,7 @@ def always_read(
     logit: Callable[..., float], sinks: list[float] | None = None, sliding: int | None = None,
 ) -> dict[tuple[int, int], float]:  # fmt: skip
     """Log-sum-exp of each row of a query block `[rows, heads, D]`, which begins at position
-    `first`, over what it reads in any case: all but the middle `[low, high)`. `logit(row, key)`
+    `first`, over what it reads in any case: all but the candidates `[low, high)`. `logit(row, key)`
     scales and caps; `sinks`: an extra logit for each head."""
     bk, (count, heads, _), near = config.block_k, rows.shape, {}
     for row, head in ((row, head) for row in range(count) for head in range(heads)):
@@ -53,10 +53,10 @@ def neediest(
     config: Any, keys: torch.Tensor, rows: torch.Tensor, near: dict[tuple[int, int], float],
     low: int, high: int, logit: Callable[..., float], most: int = 768,
 ) -> tuple[list[Vote], int | None]:  # fmt: skip
-    """Votes of the rows `[rows, heads, D]` that need the middle `[low, high)` most: for which the
-    best of `most` of its keys stands out most from what they read in any case. So many of them, the
-    first, walk the tree (None: all, for all that may vote do). `near`: log-sum-exp of each for what
-    it reads in any case."""
+    """Votes of the rows `[rows, heads, D]` that need the candidates `[low, high)` most: for which
+    the best of `most` of their keys stands out most from what they read in any case. The number
+    tells how many of them, the first, walk the tree (None: all, for all that may vote do). `near`:
+    log-sum-exp of each for what it reads in any case."""
     bk, (count, heads, _) = config.block_k, rows.shape
     ids = [(row, head) for row in asked(config, count) for head in range(heads)]
     allowed = heads if count == 1 else min(len(ids), most_votes(config, heads, low, high))
@@ -73,21 +73,21 @@ def neediest(
 
 
 def asked(config: Any, rows: int) -> list[int]:
-    """Of so many rows of a query block every second one, counted back from the last; all, if every
+    """Of `rows` rows of a query block every second one, counted back from the last; all, if every
     row is to vote."""
     return sorted(range(rows - 1, -1, -1 if config.query_stride == 1 else -2))
 
 
 def most_votes(config: Any, heads: int, low: int, high: int) -> int:
-    """How many rows of a full query block of so many heads vote: all that are asked where all keys
-    of the middle `[low, high)` are looked at, for a search would begin with its blocks."""
+    """How many rows of a full query block of `heads` heads vote: all that are asked where all keys
+    of the candidates `[low, high)` are looked at, for a search would begin with these blocks."""
     if looked_at_whole(config, low, high):
         return heads * config.block_q
     return max(1, math.ceil(heads * config.block_q / config.query_stride))
 
 
 def looked_at_whole(config: Any, low: int, high: int) -> bool:
-    """Whether all keys of a middle are looked at, and no tree is walked."""
+    """Whether all keys of the candidates are looked at, and no tree is walked."""
     return config.rescore > 1 and high - low <= 2 * config.beam * config.budget // config.block_k
 
 
@@ -131,7 +131,7 @@ def oracle(
     scale: float,
     softcap: float | None = None,
 ) -> list[int]:
-    """The blocks of the middle with the largest share of the rows' attention; `rows` are (position,
+    """The candidates with the largest share of the rows' attention; `rows` are (position,
     query)."""
     mass = torch.zeros(high - low, dtype=torch.float64)
     for position, row in rows:

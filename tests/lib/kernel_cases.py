@@ -242,8 +242,7 @@ def make_case(
     scale: float | None = None,
     **fields: Any,
 ) -> Case:
-    """A random case. Every query block reads a random number, up to `most`, of the blocks of its
-    middle."""
+    """A random case. Every query block reads a random number, up to `most`, of its candidates."""
     spans = spans_of((0, 125, 125)) if spans is None else spans
     batch = max(span.batch for span in spans) + 1
     rows = max(span.row_end for span in spans) if rows is None else rows

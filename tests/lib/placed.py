@@ -45,7 +45,7 @@ def product(q: torch.Tensor, k: torch.Tensor, distance: int, by: Rope) -> float:
 @dataclass
 class Placed(brute.Search):
     """The plain search for keys that are not rotated. `rows` are turned already, as if every key
-    were just outside the window; `chunks` > 0: chunk-indexed, at most so many chunks away."""
+    were just outside the window; `chunks` > 0: chunk-indexed, at most this many chunks away."""
 
     chunks: int | None = None
     by: Rope | None = None

@@ -32,7 +32,7 @@ class Written:
         return self.rows @ self.keys[at].T * self.scale if seen is None else seen
 
     def run(self, stages: list[list[int]], low: int, high: int, block_k: int) -> list[int]:
-        """Blocks kept out of the middle `[low, high)`."""
+        """Blocks kept of the candidates `[low, high)`."""
         kept: list[int] | None = None
         size = 0
         for i, (chunk, keep, _) in enumerate(stages):

@@ -31,13 +31,13 @@ aten = torch.ops.aten
 
 
 def cut(x: np.ndarray, bits: int) -> np.ndarray:
-    """fp32 with so many significant bits, toward zero."""
+    """fp32 with `bits` significant bits, toward zero."""
     kept = np.uint32((-1 << 24 - bits) & 0xFFFFFFFF)
     return (np.ascontiguousarray(x, dtype=np.float32).view(np.uint32) & kept).view(np.float32)
 
 
 def rounded(x: np.ndarray, bits: int) -> np.ndarray:
-    """fp32 with so many significant bits, to the nearest."""
+    """fp32 with `bits` significant bits, to the nearest."""
     half = np.uint32(1 << 23 - bits)
     return cut(
         (np.ascontiguousarray(x, dtype=np.float32).view(np.uint32) + half).view(np.float32), bits

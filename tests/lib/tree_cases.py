@@ -16,8 +16,8 @@ from hip_hf.state import DecodeState
 def layout(
     config: HiPConfig, rows: int, keys: int, sliding: int | None = None
 ) -> list[tuple[range, int, int]]:
-    """Of every query block of a call: its rows' positions, and the middle in key blocks, by the
-    written rules."""
+    """Of every query block of a call: its rows' positions, and the range of its candidates in key
+    blocks, by the written rules."""
     bk, first, found = config.block_k, keys - rows, []
     size = 1 if rows <= DECODE_ROWS else config.block_q
     for at, block in itertools.groupby(range(first, keys), key=lambda p: p // size):

@@ -1,5 +1,5 @@
-"""The geometry of query blocks by itself: which rows share one, and where sink, middle and window
-lie."""
+"""The geometry of query blocks by itself: which rows share one, and where sink, candidates and
+window lie."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_sample_of_a_middle_is_as_fine_as_allowed(block_k: int) -> None:
         inside = range(low * block_k, high * block_k)
 
         def chunks(level: int, inside: range = inside) -> list[int]:
-            """The chunks of `2 ** level` keys that lie wholly in the middle."""
+            """The chunks of `2 ** level` keys that lie wholly among the candidates."""
             every = range((inside.stop >> level) + 1)
             return [
                 i for i in every if inside.start <= i << level and (i + 1) << level <= inside.stop

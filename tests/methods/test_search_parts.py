@@ -67,7 +67,7 @@ def plain_scores(
 def test_scores_from_logits(
     given: dict[str, Any], score: str, missing: int | None, size: int, dtype: torch.dtype
 ) -> None:
-    """`missing`: only the last so many of five candidates may be absent, and of those every other
+    """`missing`: only the last `missing` of five candidates may be absent, and of those every other
     one is."""
     logits = (3 * torch.randn(2, 4, 5 * size, dtype=torch.float64)).to(dtype)
     near = (

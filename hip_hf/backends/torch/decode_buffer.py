@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hip_hf.problem import AttentionProblem
     from hip_hf.state import DecodeState, KeptSelection, RowState
 
-# A buffer that is full grows by one in so many of its rows, and by so many at least.
+# A buffer that is full grows by `1 / GROWTH` of its rows, and by `GROWTH` rows at least.
 GROWTH = 8
 
 
@@ -50,8 +50,8 @@ class Gathered:
         self.until = 0  # position of the first step that is to select anew
 
     def _take_room(self, room: int) -> None:
-        """Room for so many rows, those in use kept. What a selection reads grows with every step
-        that it serves, and it may be made to serve any number."""
+        """Make room for `room` rows and keep those in use. What a selection reads grows with every
+        step that it serves, and it may be made to serve any number of steps."""
         with torch.inference_mode(False):  # they outlive the mode they were made in
             self.k, self.v = (
                 torch.cat(
@@ -142,8 +142,8 @@ class Gathered:
 def gathered_rows(
     problem: AttentionProblem, config: HiPConfig, state: DecodeState
 ) -> list[RowState] | None:
-    """Of a decode step that selects nothing and whose own keys alone are not yet gathered, as most
-    steps are: what is kept of each span's row. None where there is more to do."""
+    """Return what is kept of each span's row for a decode step that selects nothing and whose keys
+    are all gathered but its own, as in most steps. Return None for any other call."""
     if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None:
         return None
     if problem.needs_grad or not state.bound(config, problem.k):

@@ -20,7 +20,7 @@ from hip_hf.workers import LOGITS_AT_ONCE, run
 
 # Rows that meet all their keys at once in the block-by-block path.
 ROWS_AT_ONCE = 64
-# With a mask PyTorch's attention on a GPU computes so many logits of a group's member at a time.
+# With a mask PyTorch's attention on a GPU computes this many logits of a group's member at a time.
 LOGITS_ON_GPU = 1 << 27
 
 

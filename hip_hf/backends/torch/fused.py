@@ -2,7 +2,7 @@
 
 Unlike `scaled_dot_product_attention` it returns the log-sum-exp, too, so that two parts of what
 rows read can be merged: all keys before them, and their own. It knows no softcap, no sliding window
-that hides anything and no positions of ours.
+that hides anything and no `Positions`.
 """
 
 from __future__ import annotations

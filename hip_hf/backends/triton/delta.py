@@ -41,7 +41,9 @@ def spread_kernel(
     stride_cs, stride_ch, stride_cn, stride_ds, stride_dh, stride_dn, stride_field, gamma,
     dim_v, BLOCK_M: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles of rows, Hq, sequences)`: add to every row the difference of its anchor.
+    """Grid `(tiles of rows, Hq, sequences)`: add to every row of OUT `[B, Hq, Tq, Dv]` and LSE
+    `[B, Hq, Tq]` the difference of its anchor, CHANGE fp32 `[S, Hq, slots, Dv]` and CHANGE_LSE
+    fp32 `[S, Hq, slots]`.
 
     Slot 0 of the differences belongs to the anchor in front of the first position that `gamma`
     divides; slot n > 0 to the n-th such position.

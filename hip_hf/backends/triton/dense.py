@@ -29,6 +29,8 @@ KEPT_DESCRIPTORS = 16
 
 @lru_cache(maxsize=KEPT_DESCRIPTORS)
 def sequences_of(spans: tuple[Span, ...], device: torch.device) -> Sequences:
+    """Return the descriptors of a call's spans on `device`. They are kept for the layers that ask
+    for the same spans."""
     with torch.inference_mode(False):
         return Sequences.of(spans, device)
 
@@ -45,7 +47,8 @@ def keys_of(problem: AttentionProblem) -> KeyValues:
 
 
 def operands(problem: AttentionProblem, out: Tensor, lse: Tensor | None = None) -> Operands:
-    """A call's tensors, as the kernels take them, its results to be written into out and lse."""
+    """Return a call's tensors as the kernels take them. The results are to be written into out
+    `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`."""
     rest = (problem.softcap, problem.sliding_window, problem.sinks, problem.positions)
     return Operands(problem.q, keys_of(problem), Logits(problem.scale, *rest), out, lse)
 
@@ -78,9 +81,9 @@ def dense_rows(x: Operands, spans: tuple[Span, ...], tails: list[int], longest: 
 def attend_densely(
     problem: AttentionProblem, config: HiPConfig, out: Tensor, lse: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Dense attention, into out and lse, or into new ones where autograd follows; the keys of few
-    rows are split over the device. `config`: the settings of the call, as in
-    `backward.attention`."""
+    """Dense attention, into out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`, or into new tensors
+    where autograd follows; the keys of few rows are split over the device. `config`: the settings
+    of the call, as in `backward.attention`."""
     with torch.cuda.device_of(problem.q):
         x = operands(problem, out, lse)
         if problem.needs_grad:

@@ -1,4 +1,4 @@
-"""The Triton backend's executors, and how a call of theirs is run."""
+"""The executors of the Triton backend, and how one of them runs a call."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def run(
     lse: torch.Tensor | None,
     mask: bool,
 ) -> Executor:
-    """The sparse path of one call, into out and lse; where autograd follows, into new ones that it
-    knows."""
+    """Run the sparse path of one call, which writes out `[B, Hq, Tq, Dv]` and lse fp32
+    `[B, Hq, Tq]`. Where autograd follows, the results are new tensors instead, which the executor
+    holds."""
     call = pick(EXECUTORS, config)(problem, config, out, lse, mask)
     with torch.cuda.device_of(problem.q):  # Triton launches on the current device
         call.run(state)

@@ -193,8 +193,8 @@ def square_kernel(
     EVEN_HEADDIM: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(blocks * TILES, Hq, squares)`: BLOCK_M sorted rows of a query block of a square and a
-    query head. All pointers are at a span's first row and key. OUT fp32 and LSE hold what the rows
-    have so far; each row is in one square of a level."""
+    query head. All pointers are at a span's first row and key. OUT fp32 `[Hq, n, Dv]` and LSE fp32
+    `[Hq, n]` hold what the rows have so far; each row is in one square of a level."""
     block, part = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     head, square = tl.program_id(1), tl.program_id(2)
     first, rows = tl.load(TABLE + square), tl.load(TABLE + stride_field + square)
@@ -222,7 +222,7 @@ def square_kernel(
     ranks = SAMPLES + square.to(tl.int64) * stride_square + key_head * stride_samples
     order = KEY_ORDER + key_head.to(tl.int64) * stride_keys + key_first
     k_base, v_base = K + key_head.to(tl.int64) * stride_kh, V + key_head.to(tl.int64) * stride_vh
-    # a sampled key counts for so many
+    # a sampled key stands for this many keys (a logarithm)
     bias = tl.log2(keys.to(tl.float32) / tl.maximum(samples, 1).to(tl.float32))
 
     # the online softmax goes on from what the row has: that is the merge
@@ -271,7 +271,8 @@ def square_kernel(
 
 
 def rows_of_square(shape: Tile, block_rows: int) -> int:
-    """Rows of a program of `square_kernel`, of blocks of so many; tensor cores take 16 or more."""
+    """Rows of a program of `square_kernel`, which cuts blocks of `block_rows` rows; tensor cores
+    take 16 or more."""
     return max(16, min(shape.rows, power_of_two(block_rows)))
 
 

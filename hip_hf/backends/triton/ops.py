@@ -240,7 +240,8 @@ def attention(
     q_start: Tensor | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`hip_attention` without a state, for a graph: out, and lse if asked for."""
+    """`hip_attention` without a state, for a graph: out `[B, Hq, Tq, Dv]`, and lse fp32
+    `[B, Hq, Tq]` if asked for. key_start and q_start are int `[B]`."""
     q, k, v, sinks = problem.q, problem.k, problem.v, problem.sinks
     told = (config.text, problem.scale, problem.softcap, problem.sliding_window)
     decoding, starts = q.shape[2] <= DECODE_ROWS, (key_start, q_start)

@@ -85,7 +85,9 @@ class DeviceState:
             return state
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What kernels write for later steps: of the pyramid, if there is one, and selection."""
+        """Return what kernels write for later steps, of the shapes in `KeyPyramid` and
+        `SelectionBuffers`: table, states and built of the pyramid, if there is one, and the
+        selection."""
         pyramid, kept = self.pyramid, self.selection
         assert kept.made is not None
         summaries = () if pyramid is None else (pyramid.table, pyramid.states, pyramid.built)
@@ -93,6 +95,7 @@ class DeviceState:
 
     @property
     def batch(self) -> int:
+        """Return the number of batch rows."""
         return self.selection.counts.shape[0]
 
     @property
@@ -100,7 +103,7 @@ class DeviceState:
         return 0 if self.pyramid is None else self.pyramid.blocks * self.pyramid.config.block_k
 
     def holds(self, keys: int) -> bool:
-        """Whether there is room for a row of so many keys."""
+        """Whether there is room for a row of `keys` keys."""
         return self.pyramid is None or keys // self.pyramid.config.block_k <= self.pyramid.blocks
 
     def take(self, old: DeviceState) -> None:
@@ -116,6 +119,7 @@ class DeviceState:
             self.pyramid.built[batch].clamp_(max=keys // self.pyramid.config.block_k)
 
     def select_anew(self, batch: int) -> None:
+        """Let the next step of the batch row `batch` select anew."""
         assert self.selection.made is not None
         self.selection.made[batch].fill_(SelectionBuffers.NEVER)
 

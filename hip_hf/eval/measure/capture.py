@@ -58,8 +58,8 @@ def _capture_attention(
 def capture(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> list[AttentionProblem]:
-    """The attention problem of each layer, in layer order, of a dense forward over `input_ids`
-    without a cache.
+    """Return the attention problem of each layer, in layer order, of a dense forward pass over
+    `input_ids` `[B, T]` without a cache; `attention_mask` `[B, T]` marks padding by 0.
 
     The model's own attention implementation is back in place afterwards, also after an error.
     Raises ValueError if a layer's attention is not causal, or the model does not attend through

@@ -162,9 +162,9 @@ class Conversation:
     def ask(
         self, question: str, max_new_tokens: int, text: TextStreamer | None = None, **options: Any
     ) -> Turn:
-        """Answer a question, in at most so many tokens, greedily unless Transformers' `options` say
-        otherwise. Ctrl-C ends the answer; what there is of it then belongs to the conversation.
-        `text` gets the tokens as they come."""
+        """Answer a question, in at most `max_new_tokens` tokens, greedily unless Transformers'
+        `options` say otherwise. Ctrl-C ends the answer; what there is of it then belongs to the
+        conversation. `text` gets the tokens as they come."""
         start = time.perf_counter()
         messages = [*self.messages, self._question(question)]
         prompt = self.encode(self.render(messages))

@@ -41,7 +41,7 @@ class DemoRun:
     prompts: list[list[int]]
     new_tokens: int
     fields: dict[str, Any]
-    chunk: int | None = None  # read the prompts so many tokens at a time
+    chunk: int | None = None  # tokens of a prompt that are read at a time
     device: str = "cpu"
 
 

@@ -86,7 +86,7 @@ def make_prompt(
 
 
 def answer_of(tokenizer: Any, ids: torch.Tensor | list[int]) -> str:
-    """The digits that generated tokens begin with."""
+    """Return the digits with which the generated tokens `ids` `[n]` begin."""
     return "".join(takewhile(str.isdigit, tokenizer.decode(ids).strip()))
 
 

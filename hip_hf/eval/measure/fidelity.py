@@ -76,8 +76,8 @@ def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_text(tokenizer: Any, body: list[int], facts: int, rng: random.Random) -> list[int]:
-    """A text as long as `body` (token ids), of which it is made, with facts hidden in it; each is
-    asked for later on. Raises ValueError if `body` is too short for so many facts."""
+    """A text as long as `body` (token ids), of which it is made, with `facts` facts hidden in it;
+    each is asked for later on. Raises ValueError if `body` is too short for them."""
     last, *others = hidden = draw_facts(rng, [rng.random() for _ in range(facts)])
     asked = []
     for fact in others:

@@ -60,12 +60,13 @@ class TokenClock:
             self.resumed = self.last = time.perf_counter()  # what `at_first` took is no decoding
 
     def end(self) -> None:
+        """Tell the other streamer that the text has ended."""
         if self.text is not None:
             self.text.end()
 
 
 def explained(model: Any) -> Report:
-    """`explain(model)`; empty for an attention that is not ours."""
+    """Return `explain(model)`, or an empty report for an attention other than `hip`."""
     return explain(model) if text_config(model)._attn_implementation in NAMES else Report()
 
 
@@ -100,8 +101,8 @@ def generate(
     `options` say otherwise.
 
     Args:
-        chunk: read the prompt so many tokens at a time, so that memory is that of the cache and of
-            one chunk. What follows on a cache that holds something already is read in one piece:
+        chunk: tokens of the prompt that are read at a time, so that memory is that of the cache and
+            of one chunk. What follows on a cache that holds something already is read in one piece:
             Transformers 5.17 cannot go on in chunks.
         read: is told how many tokens each forward pass has read.
         cache: holds the prompt's first tokens, which are not read again; afterwards all but the

@@ -5,10 +5,10 @@ Prefill is one causal call over the whole context, `selection` what finds its ke
 the gradients of q, k and v. Decode steps run from CUDA graphs on both sides, since a step is
 shorter than what launching it takes: a graph holds as many steps as make whole selections and key
 blocks, which share selections as in generation (*amortised*) or not (*refreshed*). *Launched* are
-as many steps without a graph, ours through all that a model's layer calls: what the host takes is
-in them. Times are those of the device's own events, its second-level cache emptied before each run.
-Without a GPU everything runs the same on a CPU, by its clock and without graphs (the kernels by
-Triton's interpreter): to be tested, not to be believed.
+as many steps without a graph, those of `hip` through all that a model's layer calls: what the host
+takes is in them. Times are those of the device's own events, its second-level cache emptied before
+each run. Without a GPU everything runs the same on a CPU, by its clock and without graphs (the
+kernels by Triton's interpreter): to be tested, not to be believed.
 """
 
 from __future__ import annotations
@@ -94,10 +94,12 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
+        """Return the device on which runs are timed."""
         return self.plan.device
 
     @property
     def shape(self) -> Shape:
+        """Return the attention layer that is timed, as the cost model describes it."""
         plan, like = self.plan, torch.empty(0, device=self.device)
         heads = plan.heads, plan.kv_heads, plan.head_dim
         size = latency.TIMED_DTYPES[self.dtype].itemsize
@@ -120,6 +122,7 @@ class Bench:
         return runs
 
     def refuse(self, what: str, name: str, error: Exception) -> None:
+        """Note that the backend `name` refuses `what`, with the first line of its error."""
         self.refused[f"{what}, {self.dtype}: {name}: {str(error).strip().splitlines()[0]}"] = None
 
     def cost(self, phase: str, length: int, config: HiPConfig, path: str) -> KernelCost | None:

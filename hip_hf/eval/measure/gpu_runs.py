@@ -63,6 +63,8 @@ class Timed(TimedRun):
     peak: float | None = None
 
     def once(self) -> float:
+        """Run once and return the seconds. What the result says and its memory are noted, and it is
+        freed."""
         seconds = super().once()
         if isinstance(self.result, Result):
             self.said = self.result.path, self.result.reason

@@ -65,6 +65,7 @@ class Shape:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return a dtype whose elements have `size` bytes."""
         return torch.float32 if self.size == torch.float32.itemsize else torch.bfloat16
 
     def lists(self, config: HiPConfig) -> int:
@@ -72,6 +73,7 @@ class Shape:
         return mask_heads(config, self.query_heads, self.key_heads)
 
     def tile(self, kernel: str) -> Tile:
+        """Return the launch configuration of `kernel` for these heads."""
         return tile_of(kernel, self.target, self.dim, self.dim, self.dtype)
 
     def rows(self, kernel: str, block_q: int, lists: int) -> int:
@@ -84,15 +86,16 @@ class Shape:
         return ceil(block_q / self.rows(kernel, block_q, lists))
 
     def product_flops(self, pairs: float) -> float:
-        """FLOPs of one product of so many pairs of a row and a key, of all query heads."""
+        """Return the FLOPs of one product of `pairs` pairs of a row and a key, of all query
+        heads."""
         return 2 * pairs * self.query_heads * self.dim
 
     def key_bytes(self, keys: float) -> float:
-        """Bytes of K alone of so many keys of all key heads."""
+        """Return the bytes of K alone of `keys` keys of all key heads."""
         return keys * self.key_heads * self.dim * self.size
 
     def number_bytes(self, rows: float) -> float:
-        """Bytes of so many rows of one number in fp32 of each query head."""
+        """Return the bytes of one fp32 number for each query head of `rows` rows."""
         return rows * self.query_heads * FP32_BYTES
 
     def gathered(self, kernel: str, block_q: int, lists: int, keys: float) -> float:
@@ -100,14 +103,14 @@ class Shape:
         return self.row_tiles(kernel, block_q, lists) * lists * keys * 2 * self.dim * self.size
 
     def splits(self, keys: int, rows: int = 1, block_q: int = 1) -> int:
-        """Programs that share the `keys` of a tile of so many rows of each sequence
+        """Return how many programs share the `keys` of a tile of `rows` rows of each sequence
         (`backends/triton/attention/decode.py`)."""
         tile, heads = self.tile(kernel_of(block_q)), self.sequences * self.key_heads
         return splits_of(tile, self.group, heads, keys, rows, block_q, self.processors)
 
     def rows_moved(self, rows: float, splits: int) -> float:
-        """Bytes of query rows whose keys so many programs share: q, which each reads, and the
-        output or each one's part of it."""
+        """Return the bytes of `rows` query rows whose keys `splits` programs share: q, which each
+        of them reads, and the output or each one's part of it."""
         return rows * (splits * self.row + (splits * self.result if splits > 1 else self.row))
 
 
@@ -123,9 +126,12 @@ class KernelCost:
         return KernelCost(self.flops + other.flops, self.bytes + other.bytes)
 
     def times(self, count: float) -> KernelCost:
+        """Return `count` times this cost."""
         return KernelCost(self.flops * count, self.bytes * count)
 
     def milliseconds(self, gpu: str) -> float:
+        """Return the milliseconds that `gpu` needs at least: those of its matrix products or those
+        of its memory, whichever are more."""
         _, terabytes = GPUS[gpu]
         return max(self.products(gpu), 1e3 * self.bytes / (terabytes * 1e12))
 

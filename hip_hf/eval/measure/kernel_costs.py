@@ -119,8 +119,8 @@ def vote(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
 def summaries(
     blocks: float, keys: float, chunks: float, states: float, config: HiPConfig, shape: Shape
 ) -> KernelCost:
-    """For so many key blocks, of each: `keys` read, summaries of `chunks` written, and `states` of
-    them moved, in fp32."""
+    """Return the cost of the summaries of `blocks` key blocks. For each of them `keys` are read,
+    summaries of `chunks` are written, and `states` of them are moved, in fp32."""
     parts = parts_of(config)
     of_head = (keys + chunks * parts) * shape.size + states * (parts + 1) * FP32_BYTES
     return KernelCost(0, blocks * shape.key_heads * shape.dim * of_head)
@@ -134,8 +134,8 @@ def pyramid(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
 
 
 def merges(blocks: float, config: HiPConfig, shape: Shape) -> KernelCost:
-    """What lies above the tiles of so many blocks, of each tile one chunk in all: two states are
-    read, one is written."""
+    """Return the cost of what lies above the tiles of `blocks` key blocks, in all one chunk for
+    each tile: two states are read, one is written."""
     return summaries(blocks / (1 << TILE_LEVELS), 0, 1, 3, config, shape)
 
 

@@ -120,6 +120,7 @@ class TimedRun:
         self.result: Any = None
 
     def once(self) -> float:
+        """Run once, keep the result, and return the seconds."""
         self.result = None  # so that no two outputs are held at a time
         seconds, self.result = self.clock(self.run)
         return seconds
@@ -144,7 +145,8 @@ def interleave(calls: Sequence[TimedRun], repeats: int, enough: float = ENOUGH) 
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The baseline: PyTorch's attention, as Transformers calls it."""
+    """The baseline: PyTorch's attention, as Transformers calls it. q is `[B, Hq, Tq, D]`, k and v
+    are `[B, Hkv, T, D]`, and the output is like q."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
 
 
@@ -155,7 +157,7 @@ def ours(
     config: HiPConfig,
     state: DecodeState | None = None,
 ) -> Result:
-    """The same through `hip`, its fallbacks to dense included."""
+    """Attend to the same tensors by `hip`, which may fall back to dense attention."""
     problem = AttentionProblem(q, k, v, make_spans(q, k), q.shape[-1] ** -0.5)
     return attend(problem, config, state=state)
 
@@ -265,8 +267,8 @@ def fit_exponent(lengths: Sequence[float], times: Sequence[float]) -> float | No
 
 
 def exponents(rows: Rows) -> Rows:
-    """How prefill times grow with the length between 16K and 128K: ours where it was sparse, and
-    PyTorch's."""
+    """How prefill times grow with the length between 16K and 128K: those of `hip` where it was
+    sparse, and those of PyTorch."""
     fits: dict[tuple[str, str], Rows] = {}
     for row in rows:
         if row["phase"] == PREFILL:

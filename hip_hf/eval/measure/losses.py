@@ -82,7 +82,8 @@ class StepLosses:
     def losses_of(
         self, ids: Sequence[int], document: int, config: HiPConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `losses_of`; the first `document` tokens are read at once."""
+        """Return the same as the function `losses_of`, both `[tokens - 1]`; the first `document`
+        tokens are read at once."""
         self.model.set_attn_implementation("hip")
         # un-rotated keys serve no other settings
         wanted = list(ids[:document]), config.extend, config.backend

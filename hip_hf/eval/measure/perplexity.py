@@ -24,8 +24,8 @@ from hip_hf.integration.explain import explain
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.versions import CACHE
 
-# Tokens whose losses are kept as one sum: positions are counted, and intervals computed, in blocks
-# of so many.
+# Tokens whose losses are kept as one sum: positions are counted, and intervals computed, in such
+# blocks.
 BLOCK = 128
 CONFIDENCE = 0.95
 

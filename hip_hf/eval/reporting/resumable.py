@@ -28,7 +28,7 @@ class Resumable:
     `request` is everything that the measurements depend on. A file of another request is refused
     and not mixed in. A line that was cut off when the run was killed is dropped. As a context
     manager it shows a progress bar, and says after an interruption where the file is. Raises
-    ValueError if the file belongs to another request, or is none of ours."""
+    ValueError if the file belongs to another request, or holds no such measurements."""
 
     def __init__(self, output: Path | None = None, request: dict[str, Any] | None = None) -> None:
         self.file = None if output is None else output.with_name(output.name + SUFFIX)
@@ -62,7 +62,8 @@ class Resumable:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def expect(self, what: str, total: int | None = None) -> None:
-        """Begin the progress bar anew: so many measurements are to come."""
+        """Begin the progress bar anew: `total` measurements are to come (None: nobody knows how
+        many)."""
         self.bar.reset(self.line, total=total, description=what)
 
     def get(self, key: tuple[Any, ...], work: Callable[[], Any], what: str | None = None) -> Any:

@@ -67,8 +67,9 @@ def _check_count(name: str, value: Any, low: int) -> int:
 
 
 def read_plan(metadata: dict[str, Any]) -> TaskPlan:
-    """The plan in a task's metadata, which lm-eval fills with the model arguments as well; what is
-    not ours is theirs. Raises UsageError if a value is out of range, or there is no tokenizer."""
+    """Return the plan in a task's metadata, which lm-eval fills with the model arguments as well;
+    what is no part of a plan is left to lm-eval. Raises UsageError if a value is out of range, or
+    there is no tokenizer."""
     lengths = metadata.get("max_seq_lengths", [4096])
     lengths = tuple(lengths) if isinstance(lengths, (list, tuple)) else (lengths,)
     if not lengths:

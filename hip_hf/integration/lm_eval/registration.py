@@ -30,7 +30,7 @@ def register() -> None:
     is harmless, and `hip_hf.unregister` takes it back.
 
     lm-eval has no entry points for plugins. Its model registry takes names at run time; its task
-    manager takes folders only as an argument of the caller's, to which this adds ours.
+    manager takes folders only as an argument of the caller's, to which this adds that of `hip_hf`.
 
     Raises:
         ImportError: lm-eval is not installed.

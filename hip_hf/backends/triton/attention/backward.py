@@ -49,7 +49,9 @@ def query_gradient_arguments(
     x: Operands, part: Part, grad_out: Tensor, grad_lse: Gradient, grad_q: Tensor, mean: Tensor,
     tile: Tile,
 ) -> GridAndArguments:  # fmt: skip
-    """Grid and arguments of `query_gradient_kernel`; `x` has the forward pass's out and lse."""
+    """Grid and arguments of `query_gradient_kernel`. `x` has the forward pass's out and lse;
+    grad_out is `[B, Hq, Tq, Dv]`, grad_q `[B, Hq, Tq, D]`, grad_lse and mean are fp32
+    `[B, Hq, Tq]`."""
     assert x.lse is not None
     arguments = row_arguments(x, part, tile) | dict(
         OUT=x.out, LSE=x.lse, GRAD_OUT=grad_out, GRAD_LSE=x.lse if grad_lse is None else grad_lse,
@@ -131,8 +133,9 @@ def key_gradient_arguments(
     x: Operands, part: Part, grad_out: Tensor, mean: Tensor, grad_k: Tensor, grad_v: Tensor,
     lists: Inverted | None, tile: Tile,
 ) -> tuple[tuple[int, int, int], list[dict[str, Any]]]:  # fmt: skip
-    """Grid and arguments of `key_gradient_kernel`'s launches, one for dK and dV or one each;
-    `lists` are those of `inverted`."""
+    """Grid and arguments of `key_gradient_kernel`'s launches, one for dK and dV or one each.
+    `lists` are those of `inverted`; grad_k is `[B, Hkv, T, D]`, grad_v `[B, Hkv, T, Dv]`, and the
+    other tensors are as in `query_gradient_arguments`."""
     assert x.lse is not None
     arguments, tiles = shared_arguments(x, part, tile), KeyTiles.of(part.reads.block_k, tile)
     nothing = part.sequences.table  # stands for what is not read
@@ -167,8 +170,9 @@ def attention(
 def gradients(
     x: Operands, parts: tuple[Part, ...], grad_out: Gradient, grad_lse: Gradient
 ) -> tuple[Tensor, Tensor, Tensor, Gradient]:
-    """Gradients of q, k, v and, if there are any, of the sinks, from what `attention` gave (in `x`)
-    and the gradients of that."""
+    """Gradients of q, k, v and, if there are any, of the sinks `[Hq]`, each of the shape of what it
+    belongs to, from what `attention` gave (in `x`) and the gradients of that: grad_out
+    `[B, Hq, Tq, Dv]` and grad_lse fp32 `[B, Hq, Tq]`."""
     assert x.lse is not None
     grad_out = torch.zeros_like(x.out) if grad_out is None else grad_out
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()

@@ -57,9 +57,10 @@ class Scratch:
 def splits_for(
     q: Tensor, key_heads: int, sequences: int, keys: int, rows: int = 1, block_q: int = 1
 ) -> int:
-    """Into how many parts to split the `keys` that a row reads (dense: the capacity of the cache),
-    a power of two: enough to occupy the device, but no part below one tile. `rows`: of the longest
-    sequence, in query blocks of `block_q`."""
+    """Return the number of parts into which the `keys` that a row reads are split (dense: the
+    capacity of the cache). It is a power of two, enough to occupy the device, but no part is below
+    one tile. q is `[B, Hq, Tq, D]`; `rows` are those of the longest sequence, in query blocks of
+    `block_q`."""
     tile = tile_of(kernel_of(block_q), target_of(q), q.shape[-1], q.shape[-1], q.dtype)
     return splits_of(
         tile, q.shape[1] // key_heads, sequences * key_heads, keys, rows, block_q, processors(q)
@@ -82,7 +83,9 @@ def combine_kernel(
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_field, dim_v,
     SPLITS: tl.constexpr, DV: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(most rows, Hq, sequences)`: merge the partial results of one row of one head."""
+    """Grid `(most rows, Hq, sequences)`: merge the partial results of one row of one head, PARTS
+    fp32 `[SPLITS, B, Hq, Tq, Dv]` and PART_LSE fp32 `[SPLITS, B, Hq, Tq]`, into OUT
+    `[B, Hq, Tq, Dv]` and LSE fp32 `[B, Hq, Tq]`."""
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, _, row_start, rows, _ = load_sequence(SEQUENCES, stride_field, tl.program_id(2))
     if row >= rows:
@@ -116,7 +119,8 @@ def combine_kernel(
 def combine_arguments(
     scratch: Scratch, sequences: Sequences, out: Tensor, lse: Tensor | None
 ) -> GridAndArguments:
-    """Grid and arguments of `combine_kernel`."""
+    """Grid and arguments of `combine_kernel`, which writes out `[B, Hq, Tq, Dv]` and, if there is
+    one, lse fp32 `[B, Hq, Tq]`."""
     dim_v, of_lse = out.shape[-1], (0, 0, 0) if lse is None else lse.stride()
     parts, part_lse = scratch.out, scratch.lse
     of_parts, of_part_lse = parts.stride(), part_lse.stride()

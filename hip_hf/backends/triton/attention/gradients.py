@@ -211,9 +211,10 @@ def key_gradient_kernel(
     SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles of TILE <= BLOCK_N keys, Hkv, sequences)`. Adds to GRAD_K and GRAD_V, which only
-    this program writes; OF_K and OF_V tell which, as both sums of a wide head are more than the
-    registers hold. A tile is whole key blocks, or one of the PARTS of one."""
+    """Grid `(tiles of TILE <= BLOCK_N keys, Hkv, sequences)`. Adds to GRAD_K `[B, Hkv, T, D]` and
+    GRAD_V `[B, Hkv, T, Dv]`, which only this program writes; OF_K and OF_V tell which, as both sums
+    of a wide head are more than the registers hold. A tile is whole key blocks, or one of the PARTS
+    of one. The other tensors are as in `backward.py`."""
     tile, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, key_start, row_start, rows, position = load_sequence(SEQUENCES, stride_field, sequence)
     end = position + rows

@@ -130,11 +130,12 @@ def attend_kernel(
     HAS_LSE: tl.constexpr, SOFTCAP: tl.constexpr, SLIDING: tl.constexpr, PRECISION: tl.constexpr,
     ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles, lists * SPLITS, sequences)`; a list is the heads that share a selection.
+    """Grid `(tiles, lists * SPLITS, sequences)`; a list is the heads that share a selection. The
+    tensors have the shapes of `Operands` and `Reads`.
 
     STRIDE 1: query rows as they come, in query blocks of BLOCK_Q. STRIDE > 1: rows 0, STRIDE, 2
     STRIDE, ... of each sequence, written side by side into row `sequence` of the output.
-    ROPE_HALF_DIM > 0: so many pairs of a head's numbers are turned, to places counted along the
+    ROPE_HALF_DIM > 0: this many pairs of a head's numbers are turned, to places counted along the
     list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
     """
     tile = tl.program_id(0)
@@ -290,7 +291,7 @@ def attend_kernel(
 
 def call_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> GridAndArguments:
     """Grid and arguments of `attend_kernel`. Where out is `[splits, B, Hq, Tq, Dv]`, and lse alike,
-    each of so many programs leaves there what it makes of its part of the keys."""
+    each of the `splits` programs leaves there what it makes of its part of the keys."""
     arguments, kv = row_arguments(x, part, tile, stride), x.kv
     table, stride_table = kv.table()
     windows, sinks, positions = part.reads.windows, x.logits.sinks, x.logits.positions

@@ -34,26 +34,27 @@ class KeyValues:
 
     @property
     def heads(self) -> int:
+        """Return the number of key heads."""
         return self.k.shape[1] if self.block_table is None else self.k.shape[2]
 
     def strides(self, x: torch.Tensor) -> tuple[int, int, int]:
-        """Of k or v, in elements: from one batch row (or page) to the next, from head to head, from
-        token to token."""
+        """Return the strides of k or v (`x`, of the shapes above) in elements: from one batch row
+        (or page) to the next, from head to head, from token to token."""
         batch, b, c, _ = x.stride()
         return (batch, b, c) if self.block_table is None else (batch, c, b)
 
     def table(self) -> tuple[torch.Tensor, int]:
-        """The block table and the stride of its rows; where there is none, a stand-in that no
-        kernel reads."""
+        """Return the block table `[B, most pages]` and the stride of its rows; where there is none,
+        a stand-in that no kernel reads."""
         table = self.block_table
         return (self.k, 0) if table is None else (table, table.stride(0))
 
 
 @triton.jit
 def page_of(slots, inside, batch, table, stride_table, PAGE_SIZE: tl.constexpr):
-    """The pages that `offsets_in` asks for, of tokens in `slots` (int32, counted from the batch
-    row's first slot: `key_start` plus position). Where `inside` is false no page is looked up.
-    `PAGE_SIZE` 0: keys are contiguous, a batch row is one page."""
+    """Return the pages `[N]` that `offsets_in` asks for, of tokens in `slots` `[N]` (int32, counted
+    from the batch row's first slot: `key_start` plus position). Where `inside` `[N]` is false no
+    page is looked up. `PAGE_SIZE` 0: keys are contiguous, a batch row is one page."""
     if PAGE_SIZE > 0:
         return tl.load(
             table + batch.to(tl.int64) * stride_table + slots // PAGE_SIZE, mask=inside, other=0
@@ -64,7 +65,8 @@ def page_of(slots, inside, batch, table, stride_table, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.constexpr):
-    """int64 offsets, from a head's first element, of the tokens in `slots` that lie in `page`."""
+    """Return int64 offsets `[N]`, from a head's first element, of the tokens in `slots` `[N]` that
+    lie in `page` `[N]`."""
     if PAGE_SIZE > 0:
         slots = slots % PAGE_SIZE
     return page.to(tl.int64) * stride_batch + slots.to(tl.int64) * stride_token
@@ -74,7 +76,7 @@ def offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE: tl.constexpr)
 def token_offsets(
     slots, inside, batch, stride_batch, stride_token, table, stride_table, PAGE_SIZE: tl.constexpr
 ):
-    """int64 offsets, from a head's first element, of the tokens in `slots`, with their pages looked
-    up at once."""
+    """Return int64 offsets `[N]`, from a head's first element, of the tokens in `slots` `[N]`, with
+    their pages looked up at once."""
     page = page_of(slots, inside, batch, table, stride_table, PAGE_SIZE)
     return offsets_in(page, slots, stride_batch, stride_token, PAGE_SIZE)

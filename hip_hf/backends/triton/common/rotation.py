@@ -19,7 +19,8 @@ from hip_hf.rope import Positions
 
 @triton.jit
 def partner(d, ROPE_HALF_DIM: tl.constexpr):
-    """Of each number of a head the one that it turns with; itself where it does not turn."""
+    """Return for each number `d` `[D]` of a head the one that it turns with; itself where it does
+    not turn."""
     return tl.where(
         d < ROPE_HALF_DIM, d + ROPE_HALF_DIM, tl.where(d < 2 * ROPE_HALF_DIM, d - ROPE_HALF_DIM, d)
     )
@@ -46,8 +47,9 @@ def turned(x, other, place, d, cos, sin, ROPE_HALF_DIM: tl.constexpr):
 
 @triton.jit
 def turned_back(x, other, place, d, cos, sin, spread, ROPE_HALF_DIM: tl.constexpr):
-    """Rows turned back by their places, fp32. Where `spread` is true they are half widths of boxes:
-    those of the boxes around the turned ones."""
+    """Rows `[N, D]` turned back by their places `[N]`, fp32. Where `spread` is true they are half
+    widths of boxes, and the result is those of the boxes around the turned ones. `other` and `d`
+    are as in `turned`."""
     c, s = angles(place, d, cos, sin, ROPE_HALF_DIM)
     c, s = tl.where(spread, tl.abs(c), c), tl.where(spread, tl.abs(s), -s)
     return x.to(tl.float32) * c + other.to(tl.float32) * s
@@ -68,7 +70,8 @@ def placed_queries(pointers, inside, place, d, cos, sin, scaling, ROPE_HALF_DIM:
 
 def rotation(positions: Positions | None, beyond: int, stand_in: torch.Tensor) -> dict[str, Any]:
     """Arguments of a kernel that places what it reads, up to `beyond` places after the trained
-    ones. Without `positions` ROPE_HALF_DIM is 0 and `stand_in` takes the place of the tables."""
+    ones: the tables are fp32 `[places, ROPE_HALF_DIM]`. Without `positions` ROPE_HALF_DIM is 0 and
+    `stand_in`, any tensor on the device, takes the place of the tables."""
     if positions is None:
         return dict(COS=stand_in, SIN=stand_in, trained=0, scaling=1.0, ROPE_HALF_DIM=0)
     rope = positions.rope

@@ -45,6 +45,7 @@ class Sequences:
 
     @property
     def count(self) -> int:
+        """Return the number of sequences."""
         return self.table.shape[1]
 
     def blocks(self, block_q: int) -> int:
@@ -68,7 +69,8 @@ class Sequences:
 
 @triton.jit
 def load_sequence(sequences, stride_field, index):
-    """Of sequence `index`: batch, key_start, row_start, rows, position; int32 scalars."""
+    """Return what the table `sequences` int32 `[5, S]` says of sequence `index`: batch, key_start,
+    row_start, rows and position, int32 scalars."""
     at = sequences + index
     batch = tl.load(at)
     key_start = tl.load(at + stride_field)
@@ -80,8 +82,9 @@ def load_sequence(sequences, stride_field, index):
 
 @triton.jit
 def query_block(row_start, rows, position, index, BLOCK_Q: tl.constexpr):
-    """The `index`-th query block of a sequence: its first row in the query tensor, and positions of
-    its first and last row. Empty (`first > last`) where the sequence has fewer."""
+    """Return the `index`-th query block of a sequence, in int32 scalars: its first row in the query
+    tensor, and the positions of its first and last row. It is empty (`first > last`) where the
+    sequence has fewer."""
     low = (position // BLOCK_Q + index) * BLOCK_Q
     first = tl.maximum(low, position)
     last = tl.minimum(low + BLOCK_Q, position + rows) - 1
@@ -105,13 +108,13 @@ def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def window_start(first, window_keys, BLOCK_K: tl.constexpr):
-    """Where the window of a query block starts when it is laid out anew."""
+    """Return where the window of a query block starts when it is laid out anew. All are scalars."""
     return tl.maximum(first - window_keys, 0) // BLOCK_K * BLOCK_K
 
 
 @triton.jit
 def still_serves(made, position, rows, refresh):
-    """Whether the selection that was `made` for some position serves a step of one row at
-    `position` as well."""
+    """Whether the selection that was made for the position that the pointer `made` holds serves a
+    step of one row at `position` as well. All else are scalars."""
     age = position - tl.load(made)
     return (rows == 1) & (age >= 0) & (age < refresh)

@@ -20,17 +20,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def listed_blocks(slots, ids, sink_length, picked, BLOCK_K: tl.constexpr):
-    """The key blocks that `slots` of a query block's list belong to, as far as they are selected
-    ones (`key_positions`)."""
+    """Return the key blocks `[N]` that `slots` `[N]` of a query block's list belong to, as far as
+    they are selected ones (`key_positions`); `ids` points to the selected blocks."""
     inner = slots - sink_length
     return tl.load(ids + inner // BLOCK_K, mask=(inner >= 0) & (inner < picked), other=0)
 
 
 @triton.jit
 def key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K: tl.constexpr):
-    """Positions of the keys at `slots` of a query block's list: the sink
+    """Return the positions `[N]` of the keys at `slots` `[N]` of a query block's list: the sink
     `[start, start + sink_length)`, `picked` keys of the selected blocks, then the window from
-    `window` on. `blocks`: what `listed_blocks` says of the slots."""
+    `window` on. `blocks` `[N]`: what `listed_blocks` says of the slots."""
     inner = slots - sink_length
     chosen = (inner >= 0) & (inner < picked)
     fixed = tl.where(inner < 0, start + slots, window + inner - picked)
@@ -48,7 +48,7 @@ def tanh(x):
 
 @triton.jit
 def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits in base 2 of the products q . k."""
+    """Return the logits in base 2 of the products q . k, of any shape."""
     if SOFTCAP:
         return tanh(products * (scale / softcap)) * (softcap * LOG2E)
     else:
@@ -61,8 +61,9 @@ def key_logits(
     table, stride_table, scale, softcap, dim, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Logits, base 2, of the keys at `position`: -inf where a row has not `seen` them.
-    ROPE_HALF_DIM > 0: keys are turned to their `place`."""
+    """Return the logits `[M, N]`, base 2, of the rows q `[M, D]` and the keys at `position` `[N]`:
+    -inf where a row has not `seen` `[M, N]` them. ROPE_HALF_DIM > 0: keys are turned to their
+    `place` `[N]`."""
     d = tl.arange(0, D)
     at = token_offsets(
         key_start + position, inside, batch, stride_kb, stride_kt, table, stride_table, PAGE_SIZE
@@ -80,7 +81,8 @@ def key_logits(
 
 @triton.jit
 def add_logits(m_i, l_i, logits):
-    """The greatest logit of each row and its sum of exponentials, base 2, after more of them."""
+    """Return the greatest logit of each row and its sum of exponentials, `[M]`, base 2, after more
+    `logits` `[M, N]`. m_i and l_i are those before."""
     new_top = tl.maximum(m_i, tl.max(logits, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
     return new_top, l_i * tl.exp2(m_i - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
@@ -88,8 +90,9 @@ def add_logits(m_i, l_i, logits):
 
 @triton.jit
 def scaled_with_slope(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits, and their derivative by `products * scale`. In base e: what is subtracted from them,
-    a stored log-sum-exp, then is not rounded once more."""
+    """Return logits, and their derivative by `products * scale`, of the shape of `products`. They
+    are in base e: what is subtracted from them, a stored log-sum-exp, then is not rounded once
+    more."""
     if SOFTCAP:
         bent = tanh(products * (scale / softcap))
         return bent * softcap, 1 - bent * bent
@@ -102,7 +105,8 @@ def selected_keys(
     indices, counts, sequence, head_list, block, lists, blocks, most, BLOCK_K: tl.constexpr,
     SELECTED: tl.constexpr,
 ):  # fmt: skip
-    """Where a query block's selected blocks are listed, and how many keys they hold."""
+    """Return a pointer to the selected blocks of a query block, in indices int32
+    `[S, lists, blocks, most]`, and how many keys they hold by counts int32 `[S, lists, blocks]`."""
     if SELECTED:
         at = (sequence * lists + head_list).to(tl.int64) * blocks + block
         return indices + at * most, tl.load(counts + at) * BLOCK_K

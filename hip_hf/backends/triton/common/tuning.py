@@ -43,8 +43,8 @@ FULL_PRECISION = Tile(32, 32, 4, 1)
 
 
 def target_of(x: torch.Tensor) -> str:
-    """The compilation target of the device that `x` is on: "sm90", "gfx942", ...; CPUs (the
-    interpreter) count as "sm90"."""
+    """Return the compilation target of the device that the tensor `x` (of any shape) is on: "sm90",
+    "gfx942", ...; CPUs (the interpreter) count as "sm90"."""
     return _target(x.device.index) if x.device.type == "cuda" else "sm90"
 
 
@@ -82,7 +82,8 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
 
 
 def precision_of(x: torch.Tensor) -> str:
-    """How `tl.dot` multiplies operands like `x`. fp32 must stay fp32."""
+    """Return how `tl.dot` multiplies operands of the dtype of `x` (of any shape). fp32 must stay
+    fp32."""
     if x.dtype != torch.float32:
         return "tf32"
     return full_precision("gfx" if torch.version.hip else "sm")
@@ -99,5 +100,6 @@ def _processors(index: int | None) -> int:
 
 
 def processors(x: torch.Tensor) -> int:
-    """Streaming multiprocessors of the device that `x` is on."""
+    """Return the number of streaming multiprocessors of the device that the tensor `x` (of any
+    shape) is on."""
     return _processors(x.device.index) if x.device.type == "cuda" else PROCESSORS

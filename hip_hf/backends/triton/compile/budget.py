@@ -37,7 +37,7 @@ MATRIX_ELSE = ("mma.sync",)
 WAIT = "WARPGROUP.DEPBAR"
 # A product of matrices in Triton's own code for NVIDIA.
 PRODUCT = r"\btt\.dot |\bttng\.(warp_group_dot|tc_gen5_mma) "
-# Loads that run beside the work, in that code; from so many stages on there must be some.
+# Loads that run beside the work, in that code; from this many stages on there must be some.
 COPY = r"\basync_copy_global_to_local\b|\basync_tma_(copy|gather)"
 STAGES_COPIED = 2
 # Fewer buffers than this may all be waited for before the next load.
@@ -92,6 +92,7 @@ class StandIn:
         self.properties = sizes | dict(multiprocessor_count=1, warpSize=self.target.warp_size)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return the properties of a GPU that compiling asks for."""
         return self.properties
 
     def get_current_target(self) -> GPUTarget:

@@ -21,6 +21,7 @@ class Pointer:
     dtype: torch.dtype
 
     def data_ptr(self) -> int:
+        """Return an address that is aligned to 16 bytes."""
         return 0
 
     def ptr_range(self) -> int:

@@ -90,6 +90,7 @@ class KeyPyramid:
 
     @property
     def nbytes(self) -> int:
+        """Return the memory of the summaries in bytes."""
         return self.table.nbytes + self.states.nbytes + self.built.nbytes
 
     def truncate(self, blocks: int | torch.Tensor) -> None:

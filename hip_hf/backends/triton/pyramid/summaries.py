@@ -24,8 +24,8 @@ PARENTS = tl.constexpr(16)
 
 @triton.jit
 def chunk_rows(ids, level):
-    """Where chunks lie in the table: level by level interleaved in order, so that a growing table
-    never moves a row."""
+    """Return where in the table the chunks `ids` (of any shape) of `level` lie: the levels are
+    interleaved in order, so that a growing table never moves a row."""
     return ((2 * ids + 1) << level) - 1
 
 
@@ -149,8 +149,9 @@ def tiles_kernel(
     stride_field, window, weight, KIND: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one key head of one sequence, `BD` numbers of its head dim. Grid: tiles, heads
-    times parts of D, sequences."""
+    """Grid `(tiles, heads times parts of D, sequences)`: one tile of one key head of one sequence,
+    `BD` numbers of its head dim. `table`, `states` and `built` are those of `KeyPyramid`, k those
+    of `KeyValues`."""
     PARTS: tl.constexpr = (DIM + BD - 1) // BD
     tile = tl.program_id(0)
     head = tl.program_id(1) // PARTS
@@ -177,8 +178,8 @@ def append_kernel(
     BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
     BUILD: tl.constexpr,
 ):  # fmt: skip
-    """Extends one key head's pyramid from `built` to what the call needs. Grid: heads times parts
-    of D, sequences.
+    """Grid `(heads times parts of D, sequences)`: extend one key head's pyramid from `built` to
+    what the call needs. The tensors are as in `tiles_kernel`.
 
     `BUILD`: the tiles too, one after another (decode: rarely one); else `tiles_kernel` has, and
     their roots are merged.

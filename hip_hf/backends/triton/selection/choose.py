@@ -81,9 +81,9 @@ def choose_kernel(
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The selection of a query block, from the blocks `listed` and what was `found` in their keys
-    (scratch of `select_kernel`, whose other arguments these are). Nothing changes where a selection
-    is kept. Grid: `blocks` * `heads` * sequences."""
+    """Grid `(blocks * heads * sequences,)`: select for a query block, from the blocks `listed` and
+    what was `found` in their keys (scratch of `select_kernel`, whose other arguments these are, of
+    the shapes told there). Nothing changes where a selection is kept."""
     number = tl.program_id(0)
     index, row = place_of(number, blocks)
     _, _, row_start, rows, position = load_sequence(sequences, stride_field, row // heads)

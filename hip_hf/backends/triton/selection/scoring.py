@@ -21,9 +21,9 @@ def voters(
     tile, last_row, last, first, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Head, row and validity of the `tile`-th `BLOCK_M` voting rows: every `STRIDE`-th row of the
-    query block, counted back from its last, of each of the `GROUP` heads. What is not valid repeats
-    the last row."""
+    """Return head, row and validity, `[BLOCK_M]` each, of the `tile`-th `BLOCK_M` voting rows:
+    every `STRIDE`-th row of the query block, counted back from its last, of each of the `GROUP`
+    heads. What is not valid repeats the last row."""
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head, sample = index // SAMPLES, index % SAMPLES
     voting = (head < GROUP) & (sample * STRIDE <= last - first)
@@ -35,7 +35,8 @@ def voting_rows(
     tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Offsets (int64, from the group's first head) and validity of voting rows."""
+    """Return offsets (int64, from the group's first head) and validity of voting rows, `[BLOCK_M]`
+    each."""
     head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting
 
@@ -45,9 +46,9 @@ def near_share(
     near, stride_near, m_i, log_keys, tile, last_row, last, first, BLOCK_M: tl.constexpr,
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What voting rows find `near`, as one more candidate of a softmax from whose logits `m_i` is
-    subtracted. A candidate's logit stands for each of its keys (`log_keys`). Loaded when it is
-    needed: held, it would take registers from the tiles."""
+    """Return what voting rows find `near`, `[BLOCK_M]`, as one more candidate of a softmax from
+    whose logits `m_i` `[BLOCK_M]` is subtracted. A candidate's logit stands for each of its keys
+    (`log_keys`). It is loaded when it is needed: held, it would take registers from the tiles."""
     head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     found = tl.load(near + head.to(tl.int64) * stride_near + row, mask=voting, other=-float("inf"))
     return tl.exp(found - log_keys - m_i)

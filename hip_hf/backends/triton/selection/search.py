@@ -213,8 +213,9 @@ def choosing(fixed: dict[str, Any]) -> dict[str, Any]:
 
 
 def looks_for(programs: int, block_k: int, at_once: int) -> int:
-    """How many programs share each of so many searches on a device that runs `at_once`: a power of
-    two, so that few kernels are compiled, less what would have no key of a block to look at."""
+    """Return how many programs share each of `programs` searches on a device that runs `at_once`: a
+    power of two, so that few kernels are compiled, less the programs that would have no key of a
+    block to look at."""
     looks = 1 << max(0, min(MOST_LOOKS, block_k, at_once // max(1, programs)).bit_length() - 1)
     each = -(-block_k // looks)
     return -(-block_k // each)
@@ -232,8 +233,9 @@ def unsupported(config: HiPConfig) -> str:
 def chunk_rotation(
     positions: Positions | None, config: HiPConfig, stand_in: torch.Tensor
 ) -> dict[str, Any]:
-    """Arguments of the search for turning chunks back; what relative positions need, the votes
-    have."""
+    """Return the arguments with which the search turns chunks back, as `rotation` makes them. With
+    relative positions no chunk is turned, for the votes are. `stand_in`: any tensor on the
+    device."""
     indexed = positions if positions is not None and positions.chunk_indexed else None
     tables = rotation(indexed, 0, stand_in)
     del tables["trained"], tables["scaling"]

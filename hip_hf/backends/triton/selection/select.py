@@ -62,15 +62,15 @@ def places_back(end, ids, farthest):
 
 @triton.jit
 def place_of(number, blocks):
-    """Where program `number` of all works: its query block, the longest searches first, and its row
-    of mask head and sequence."""
+    """Return where program `number` works, as scalars: the index of its query block, the longest
+    searches first, and its row of mask head and sequence."""
     row = number // blocks
     return blocks - 1 - (number - row * blocks), row
 
 
 @triton.jit
 def entry_of(number, blocks):
-    """Where the results of program `number` lie."""
+    """Return the index (int64, a scalar) of the results of program `number`."""
     index, row = place_of(number, blocks)
     return row.to(tl.int64) * blocks + index
 
@@ -87,8 +87,8 @@ def write(indices, counts, entry, ids, total, BUDGET: tl.constexpr, OUT: tl.cons
 
 @triton.jit
 def lay_out(first, window, sink, sliding, BLOCK_K: tl.constexpr):
-    """Of a query block whose first row is at `first`: where its window starts, and its candidates,
-    blocks `low` to `high - 1`."""
+    """Return for a query block whose first row is at `first` where its window starts, and its
+    candidates, the blocks `low` to `high - 1`, all as scalars."""
     begin = window_start(first, window, BLOCK_K)
     _, sink_end, window_at = always_read(first, begin, sink, sliding, BLOCK_K)
     return begin, sink_end // BLOCK_K, window_at // BLOCK_K
@@ -100,8 +100,8 @@ def votes_near(
     CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
     MOST: tl.constexpr, SPACING: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What the votes of a query block find near, and their rows: a pointer; the last row, and the
-    first and last as positions."""
+    """Return a pointer to what the votes of a query block find near, fp32, and their rows: the last
+    row, and the first and last as positions (scalars)."""
     near += row.to(tl.int64) * GROUP * stride_near
     if CHOSEN:
         last_row = (
@@ -259,14 +259,15 @@ def select_kernel(
     stays; one row at a time, for after a step of several rows the next one selects anew. `CHOSEN`:
     `q` is `[S, heads, blocks * SAMPLES, D]`, the votes that `votes.py` put side by side, of which
     it says what VOTERS, VOTES, VOTES_WHOLE, WALKERS and SPACING mean. `WEIGHED`: `near` is what
-    every vote, or row of a sequence, finds in any case. `ROPE_HALF_DIM` > 0: chunk-indexed, at most
-    `farthest` chunks away; so many pairs of a head's numbers turn. `LOOKS` > 1: so many programs
-    search, all for the same, and each looks at a part of the keys of each of the last blocks. These
-    go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none (not those that are
-    looked at whole); what `NARROW` rows of each tile, those that may vote, found in their keys into
-    the `FOUND` numbers of a program's `scratch`, fp32 `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in
-    the last place what was subtracted; of candidates that are looked at whole
-    `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to `choose.py`.
+    every vote, or row of a sequence, finds in any case. `ROPE_HALF_DIM` > 0: this many pairs of a
+    head's numbers turn, chunk-indexed, at most `farthest` chunks away. `LOOKS` > 1: this many
+    programs search, all for the same, and each looks at a part of the keys of each of the last
+    blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none (not those
+    that are looked at whole); what `NARROW` rows of each tile, those that may vote, found in their
+    keys into the `FOUND` numbers of a program's `scratch`, fp32
+    `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was subtracted; of candidates
+    that are looked at whole `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to
+    `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads

@@ -22,13 +22,15 @@ SMALLEST_TILE = 64
 
 
 def tile(count: int) -> int:
+    """Return the size of a tile for `count` candidates: a power of two, at least
+    `SMALLEST_TILE`."""
     return max(SMALLEST_TILE, power_of_two(count))
 
 
 @triton.jit
 def sort_keys(scores, inside):
-    """fp32 scores -> int32 that compare alike; NaN is the worst of what is there, `inside` false is
-    `ABSENT`."""
+    """Return for fp32 scores `[M]` int32 numbers that compare alike: NaN is the worst of what is
+    there, and where `inside` `[M]` is false it is `ABSENT`."""
     scores = tl.where(scores != scores, -FLT_MAX, scores)
     scores = tl.minimum(tl.maximum(scores, -FLT_MAX), FLT_MAX)
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 ties with 0

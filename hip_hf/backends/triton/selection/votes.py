@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 FEATURES = 16
 # Spreads the sample's places within their chunks.
 SPREAD = tl.constexpr(by_need.SPREAD)
-# Need is estimated from one key in so many.
+# Need is estimated from one key in this many.
 SPACING = tl.constexpr(by_need.SPACING)
 # Keys of a tile at least: what matrix instructions take.
 FEWEST_KEYS = 16
@@ -86,7 +86,7 @@ def need_kernel(
 
     Nothing is written where nothing is searched: there are up to `BUDGET` candidates, or
     (`STATEFUL`) a selection is kept. `SAMPLE`: keys of the candidates at most. ROPE_HALF_DIM > 0:
-    so many pairs of a head's numbers turn, sink and window to where attention has them, with the
+    this many pairs of a head's numbers turn, sink and window to where attention has them, with the
     keys of `BUDGET` blocks in between (`rope.py`).
     """
     ASKED: tl.constexpr = (BLOCK_Q + STRIDE - 1) // STRIDE
@@ -302,7 +302,8 @@ def shared_arguments(
     q: torch.Tensor, voting: Voting, sequences: Sequences, config: HiPConfig, logits: Logits,
     block_q: int, made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor,
 ) -> dict[str, Any]:  # fmt: skip
-    """What both kernels are told. `made`: as `SelectionBuffers` keep it."""
+    """What both kernels are told: q `[B, Hq, Tq, D]`, `made` as `SelectionBuffers` keep it, near
+    and need fp32 `[S, Hq, rows]`."""
     return dict(
         Q=q, NEAR=near, NEED=need, SEQUENCES=sequences.table,
         MADE=sequences.table if made is None else made, stride_qb=q.stride(0),
@@ -321,7 +322,8 @@ def need_arguments(
     block_q: int, made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor,
     target: str | None = None, shape: Tile | None = None,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `need_kernel`. `target`, `shape`: not those of q's device."""
+    """Grid and arguments of `need_kernel`, tensors as in `shared_arguments`. `target` and `shape`
+    are given where they are not those of q's device."""
     dim, group = q.shape[-1], q.shape[1] // kv.heads
     voting = Voting.of(config, group, block_q, logits.positions is not None)
     # attention's tiles, which hold values besides
@@ -356,7 +358,8 @@ def vote_arguments(
     block_q: int, made: torch.Tensor | None, near: torch.Tensor, need: torch.Tensor,
     voted: torch.Tensor, voted_near: torch.Tensor,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """Grid and arguments of `vote_kernel`."""
+    """Grid and arguments of `vote_kernel`, tensors as in `shared_arguments`; voted is
+    `[S, H, blocks * slots, D]`, voted_near fp32 `[S, H, blocks * slots]`."""
     needs = tile(voting.voters * voting.asked)
     arguments = dict(
         **shared_arguments(q, voting, sequences, config, logits, block_q, made, near, need),

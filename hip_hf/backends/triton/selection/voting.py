@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def count_asked(rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr):
-    """How many rows of `VOTERS` heads may vote, of a query block of so many rows."""
+    """Return how many of a query block's `rows` rows of `VOTERS` heads may vote (scalars)."""
     return VOTERS * ((rows - 1) // STRIDE + 1)
 
 
@@ -26,9 +26,9 @@ def count_votes(
     rows, candidates, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
     MOST: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """How many votes a query block of so many rows of `VOTERS` heads casts, with so many
-    `candidates`: `VOTES_WHOLE` at most where they are looked at whole, for they are `MOST` at most,
-    else `VOTES`."""
+    """Return how many votes a query block of `rows` rows of `VOTERS` heads casts (scalars): at most
+    `VOTES`, or at most `VOTES_WHOLE` where its `candidates` are looked at whole, which is where
+    they are no more than `MOST`."""
     most = VOTES
     if VOTES_WHOLE > VOTES:
         most = tl.where(candidates <= MOST, VOTES_WHOLE, VOTES)
@@ -37,8 +37,8 @@ def count_votes(
 
 @triton.jit
 def count_walkers(votes, rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr, WALKERS: tl.constexpr):
-    """How many of the `votes` of a query block of so many rows walk the tree: all, where all that
-    may vote do."""
+    """Return how many of the `votes` of a query block of `rows` rows walk the tree (scalars): all
+    of them where all rows that may vote do."""
     return tl.where(votes < count_asked(rows, VOTERS, STRIDE), tl.minimum(WALKERS, votes), votes)
 
 
@@ -66,6 +66,9 @@ class Voting:
 
     @staticmethod
     def of(config: HiPConfig, group: int, block_q: int, extended: bool) -> Voting:
+        """Return the voting of query blocks of `block_q` rows (1: decode) with `group` query heads
+        per key head. `extended`: whether votes are turned to their places under context
+        extension."""
         voters, by_need = group if config.group_shared else 1, config.vote == "need"
         stride = asked_rows(config, block_q).step if by_need else config.query_stride
         asked = -(-block_q // stride)
