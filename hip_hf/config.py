@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NoReturn, Protocol, cast
@@ -59,14 +59,20 @@ def _in_range(value: object, low: int, most: int = MOST) -> bool:
 
 
 class Declared(Protocol):
-    """What settings ask of their method, of all that `hip_hf.methods.base.Method` holds."""
+    """The part of a `hip_hf.methods.base.Method` that settings ask for: methods read settings, so
+    that these may not import what a method is."""
 
-    options: type
-    extends: bool
+    @property
+    def options(self) -> type: ...
 
-    def check(self, config: HiPConfig) -> None: ...
+    @property
+    def extends(self) -> bool: ...
 
-    def selected_keys(self, config: HiPConfig) -> int: ...
+    @property
+    def check(self) -> Callable[[HiPConfig], None]: ...
+
+    @property
+    def selected_keys(self) -> Callable[[HiPConfig], int]: ...
 
 
 def _method(name: str) -> Declared:
@@ -310,7 +316,7 @@ class HiPConfig:
         return self.sink + self.selected_keys + self.window
 
     def method_options(self) -> Any:
-        """The method's own options as its dataclass."""
+        """The method's own options as its dataclass, which `methods.base.options_of` names."""
         return self._options  # type: ignore[attr-defined]
 
     def _make_options(self) -> Any:
