@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.base import Executor, pick
+from hip_hf.backends.base import Executor, Executors
 from hip_hf.backends.triton.delta import DeltaAttention
 from hip_hf.backends.triton.hyper import HyperAttention
 from hip_hf.backends.triton.sparse import SparseAttention
@@ -17,9 +16,7 @@ from hip_hf.state import DecodeState
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-EXECUTORS: dict[str, Callable[..., Executor]] = dict(
-    block_sparse=SparseAttention, hyper=HyperAttention, delta=DeltaAttention
-)
+EXECUTORS = Executors(SparseAttention, HyperAttention, DeltaAttention)
 
 
 def run(
@@ -32,7 +29,7 @@ def run(
 ) -> Executor:
     """The sparse path of one call, into out and lse; where autograd follows, into new ones that it
     knows."""
-    call = pick(EXECUTORS, config)(problem, config, out, lse, mask)
+    call = EXECUTORS.pick(config)(problem, config, out, lse, mask)
     with torch.cuda.device_of(problem.q):  # Triton launches on the current device
         call.run(state)
     return call
