@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends import base, choice
-from hip_hf.backends.base import Piece, Result, has_gradients, pick
+from hip_hf.backends.base import Piece, Result, has_gradients
 from hip_hf.backends.mixed import Part, merged, parts_of
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import dense
@@ -175,7 +175,7 @@ def _attend_part(
 
     pieces: list[Piece] | None = [] if problem.needs_grad else None
     out, lse = empty_outputs(problem, need_lse or pieces is not None)
-    sparse = pick(EXECUTORS, config)(problem, config, out, lse, need_mask)
+    sparse = EXECUTORS.pick(config)(problem, config, out, lse, need_mask)
     sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     lse = lse if need_lse else None

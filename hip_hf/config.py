@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NoReturn, Protocol, cast
@@ -59,17 +59,23 @@ def _in_range(value: object, low: int, most: int = MOST) -> bool:
 
 
 class Declared(Protocol):
-    """What settings ask of their method, of all that `hip_hf.methods.base.Method` holds."""
+    """The part of a `hip_hf.methods.base.Method` that settings ask for: methods read settings, so
+    that these may not import what a method is."""
 
-    options: type
-    extends: bool
+    @property
+    def options(self) -> type: ...
 
-    def check(self, config: HiPConfig) -> None:
-        """Raise ValueError for settings that the method cannot serve."""
+    @property
+    def extends(self) -> bool: ...
+
+    @property
+    def check(self) -> Callable[[HiPConfig], None]:
+        """Raises ValueError for settings that the method cannot serve."""
         ...
 
-    def selected_keys(self, config: HiPConfig) -> int:
-        """Return how many keys are selected for a query block at most."""
+    @property
+    def selected_keys(self) -> Callable[[HiPConfig], int]:
+        """How many keys are selected for a query block at most."""
         ...
 
 
@@ -314,7 +320,7 @@ class HiPConfig:
         return self.sink + self.selected_keys + self.window
 
     def method_options(self) -> Any:
-        """The method's own options as its dataclass."""
+        """The method's own options as its dataclass, which `methods.base.options_of` names."""
         return self._options  # type: ignore[attr-defined]
 
     def _make_options(self) -> Any:

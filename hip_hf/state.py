@@ -14,7 +14,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing import Self
 
+    from hip_hf.cache.pages import KeyRows
     from hip_hf.config import HiPConfig
+    from hip_hf.geometry import QueryBlock
+    from hip_hf.problem import AttentionProblem
+    from hip_hf.rope import Positions
 
 
 class Shareable(Protocol):
@@ -78,6 +82,75 @@ class Correction:
     clusters: Shareable | None = None  # `Clusters` of `backends/clusters.py`
 
 
+class SpanKeys(Protocol):
+    """Keys and values of one span, in its `Tensors` (`backends/tensors.py`)."""
+
+    @property
+    def k(self) -> KeyRows: ...
+
+    @property
+    def v(self) -> KeyRows: ...
+
+    @property
+    def positions(self) -> Positions | None: ...
+
+
+class GatheredRows(Protocol):
+    """What the decode steps of one batch row read under one selection, side by side: `count` rows,
+    without the next step's own key (`Gathered` in `backends/torch/decode_buffer.py`)."""
+
+    count: int
+
+    def holds(self, selection: KeptSelection | None, position: int) -> bool:
+        """Whether the step at `position` under `selection` has only to add its own key."""
+
+    def serves(self, selection: KeptSelection | None, position: int) -> bool:
+        """Whether it holds the step at `position`, and nothing is to be selected for it."""
+
+    def fill(
+        self, t: SpanKeys, selection: KeptSelection, block: QueryBlock, size: int, until: int
+    ) -> None:
+        """Bring what the step `block` reads under `selection` beside its own key, of key blocks of
+        `size` keys. The selection holds `until` then."""
+
+    def attend(
+        self,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        problem: AttentionProblem,
+        need_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
+        from the query row `[Hkv, G, 1, D]` there, with sinks `[Hkv, G]`: output `[Hkv, G, 1, Dv]`,
+        log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
+
+
+class DeviceTables(Protocol):
+    """What the kernels keep for the batch rows of a cache (`DeviceState` in
+    `backends/triton/sparse.py`). `even`: in the last call that the host saw all rows ended at the
+    same slot."""
+
+    even: bool
+
+    @property
+    def batch(self) -> int:
+        """For how many batch rows."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What kernels write for later steps."""
+
+    def crop(self, batch: int, keys: int) -> None:
+        """Of the batch row's keys the first `keys` are left; its next step selects anew."""
+
+    def select_anew(self, batch: int) -> None:
+        """The selection of the batch row serves no longer."""
+
+    def reorder(self, indices: list[int]) -> None:
+        """Batch row `b` continues what row `indices[b]` was."""
+
+
 @dataclass
 class RowState:
     """State of one batch row."""
@@ -87,8 +160,7 @@ class RowState:
     pyramid: Summaries | None = None
     selection: KeptSelection | None = None
     correction: Correction | None = None
-    # what the steps under `selection` read (`Gathered` in `backends/torch/decode_buffer.py`)
-    gathered: Any = None
+    gathered: GatheredRows | None = None  # what the steps under `selection` read
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
@@ -114,8 +186,7 @@ class DecodeState:
         self.rows: dict[int, RowState] = {}
         self._layer: int | None = None  # the first that asked for its own
         self._others: dict[int, DecodeState] = {}  # by the layers that read the same keys
-        # the kernels' tables (`DeviceState` in `backends/triton/sparse.py`), for all rows
-        self.device: Any = None
+        self.device: DeviceTables | None = None  # for all rows
         # the settings that the state was made with, and the kind of keys
         self._owner: tuple[HiPConfig, int, int, torch.dtype, torch.device] | None = None
         self.__setstate__({})
@@ -168,7 +239,7 @@ class DecodeState:
         row = self.rows.get(batch)
         if row is not None:
             row.selection = None
-            if row.on_device:
+            if row.on_device and self.device is not None:
                 self.device.select_anew(batch)
 
     def crop(self, length: int) -> None:
@@ -177,7 +248,8 @@ class DecodeState:
             other.crop(length)
         for batch, row in self.rows.items():
             kept = max(0, length - row.key_start)
-            if row.on_device:  # whose steps in a graph have not come to be known here
+            # whose steps in a graph have not come to be known here
+            if row.on_device and self.device is not None:
                 self.device.crop(batch, kept)
             if kept < row.position:
                 if row.pyramid is not None and row.pyramid.blocks * row.pyramid.block_k > kept:

@@ -3,10 +3,10 @@ share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -129,15 +129,48 @@ def steps_of(config: HiPConfig) -> int:
     return steps if isinstance(steps, int) else steps[0]
 
 
-def pick(
-    executors: Mapping[str, Callable[..., Executor]], config: HiPConfig
-) -> Callable[..., Executor]:
-    """What makes the executor of a call, from `(problem, config, out, lse, need_mask)`: one of a
-    backend's `executors`, by kind."""
-    found = executors[kind_of(config)]
-    if config.delta is None:
-        return found
-    return partial(found, attention=pick(executors, replace(config, delta=None)))
+class MakeExecutor(Protocol):
+    """What makes the executor of a call."""
+
+    def __call__(
+        self,
+        problem: AttentionProblem,
+        config: HiPConfig,
+        out: Tensor,
+        lse: Tensor | None,
+        need_mask: bool,
+    ) -> Executor: ...
+
+
+class MakeCorrection(Protocol):
+    """The same for Delta correction of another attention, whose executor `attention` makes."""
+
+    def __call__(
+        self,
+        problem: AttentionProblem,
+        config: HiPConfig,
+        out: Tensor,
+        lse: Tensor | None,
+        need_mask: bool,
+        *,
+        attention: MakeExecutor,
+    ) -> Executor: ...
+
+
+@dataclass(frozen=True)
+class Executors:
+    """A backend's executors, by the kinds that `kind_of` tells apart."""
+
+    block_sparse: MakeExecutor
+    hyper: MakeExecutor
+    delta: MakeCorrection
+
+    def pick(self, config: HiPConfig) -> MakeExecutor:
+        """What makes the executor of a call with these settings."""
+        kind = kind_of(config)
+        if kind == "delta":
+            return partial(self.delta, attention=self.pick(replace(config, delta=None)))
+        return self.hyper if kind == "hyper" else self.block_sparse
 
 
 def _missing(*_: object, **__: object) -> Result:

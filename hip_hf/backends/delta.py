@@ -21,7 +21,7 @@ Costs `1 / gamma` of dense attention, `clusters` also as much as a hundred keys 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hip_hf.backends.base import BlockSparseCall, Executor
+from hip_hf.backends.base import BlockSparseCall, Executor, MakeExecutor
 from hip_hf.backends.clusters import Chosen, Clusters, alike, estimate
 from hip_hf.backends.keys_read import Count, blocks_of
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
@@ -82,10 +82,10 @@ class Plan:
 @dataclass(eq=False)
 class DeltaCall(Executor):
     """One call: another attention, whose executor `attention` makes, and its correction. A backend
-    adds dense attention of single rows. There are no gradients."""
+    adds dense attention of single rows. There are no gradients. A log-sum-exp is made where none is
+    given."""
 
-    lse: Tensor  # made here where none is given
-    attention: Callable[..., Executor] = field(kw_only=True)
+    attention: MakeExecutor = field(kw_only=True)
 
     def __post_init__(self) -> None:
         problem, config = self.problem, self.config

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hip_hf.backends.base import Executor
 from hip_hf.backends.keys_read import Count, all_keys
 from hip_hf.geometry import Span, keys_seen
+from hip_hf.methods.base import options_of
 from hip_hf.methods.hyper import Options, flops
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class HyperCall(Executor):
     @property
     def options(self) -> Options:
         """Return the method's own settings."""
-        return self.config.method_options()
+        return options_of(self.config, Options)
 
     @property
     def count(self) -> Count:

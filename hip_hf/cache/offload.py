@@ -108,7 +108,7 @@ class DevicePool:
 
 
 class PooledHeadRows:
-    """One head's keys, read through a pool: rows of `size` tokens, counted through all pages."""
+    """`HeadRows` read through a pool: rows of `size` tokens, counted through all pages."""
 
     def __init__(self, pool: DevicePool, head: int, size: int, reader: str) -> None:
         self.pool, self.head, self.each, self.reader = pool, head, pool.store.page // size, reader
@@ -231,7 +231,7 @@ class OffloadedStore(Store):
                 torch.index_select(self.pool.rows[head], 0, at.to(self.device), out=into)
         return out
 
-    def head_rows(self, heads: slice, size: int) -> list[Any]:
+    def head_rows(self, heads: slice, size: int) -> list[PooledHeadRows]:
         some = range(heads.start, heads.stop)
         return [PooledHeadRows(self.pool, head, size, self.reader) for head in some]
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, inf
-from typing import Any
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -101,7 +102,16 @@ class BlockTable:
         return runs
 
 
-class HeadRows:
+class HeadRows(Protocol):
+    """One head's keys (or values) to pick from, rows of `width` numbers each."""
+
+    width: int
+
+    def take(self, index: Tensor, out: Tensor) -> None:
+        """Copy the rows at `index` int64 `[n]` into `out` `[n, width]`."""
+
+
+class ArenaHeadRows:
     """One head's keys in each arena, `[rows, gather_size * D]`, to pick by an index that counts
     through all arenas. `first`: that of each arena's first row."""
 
@@ -110,8 +120,7 @@ class HeadRows:
         self.bounds = torch.tensor(first[1:], device=rows[0].device) if first[1:] else None
 
     def take(self, index: Tensor, out: Tensor) -> None:
-        """Copy the rows at `index` int64 `[n]` into `out` `[n, gather_size * D]`, run by run of
-        indices into the same arena."""
+        """As `HeadRows.take`, run by run of indices into the same arena."""
         if self.bounds is None:
             torch.index_select(self.rows[0], 0, index, out=out)
             return
@@ -242,11 +251,11 @@ class Store:
         each = self.page // size
         return table.tensor(row.device)[row // each] * each + row % each
 
-    def head_rows(self, heads: slice, size: int) -> list[Any]:
-        """Every head's rows of `size` tokens, as `HeadRows`."""
+    def head_rows(self, heads: slice, size: int) -> Sequence[HeadRows]:
+        """Every head's rows of `size` tokens."""
         views = [arena[heads].unflatten(1, (-1, size)).flatten(2) for arena in self.arenas]
         first = [bound * self.page // size for bound in self.bounds]
-        return [HeadRows(list(rows), first) for rows in zip(*views, strict=True)]
+        return [ArenaHeadRows(list(rows), first) for rows in zip(*views, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -277,7 +286,11 @@ class PagedKeys:
         """Return the device on which attention computes."""
         return self.store.device
 
-    def __getitem__(self, at: slice | tuple[slice, slice]) -> Any:
+    @overload
+    def __getitem__(self, at: slice) -> PagedKeys: ...
+    @overload
+    def __getitem__(self, at: tuple[slice, slice]) -> Tensor: ...
+    def __getitem__(self, at: slice | tuple[slice, slice]) -> KeyRows:
         if isinstance(at, tuple):
             first, last, _ = at[1].indices(self.length)
             first, last = self.start + first, self.start + max(first, last)
@@ -303,14 +316,13 @@ class PagedKeys:
 KeyRows = Tensor | PagedKeys  # `[Hkv, T, D]`
 
 
-def head_rows_of(keys: KeyRows, block_k: int) -> list[Any]:
-    """Return the rows of every head of `keys` `[Hkv, T, D]`, from which key blocks are picked by
-    the indices that `block_index` gives."""
+def head_rows_of(keys: KeyRows, block_k: int) -> Sequence[HeadRows]:
+    """Every head's rows of keys `[Hkv, T, D]` to pick key blocks from, by `block_index`."""
     if isinstance(keys, PagedKeys):
         return keys.store.head_rows(keys.heads, keys.store.gather_size(keys.start, block_k))
     whole = keys.shape[1] // block_k * block_k
     blocks = keys[:, :whole].unflatten(1, (-1, block_k)).flatten(2)
-    return [HeadRows([rows], [0]) for rows in blocks]
+    return [ArenaHeadRows([rows], [0]) for rows in blocks]
 
 
 def block_index(keys: KeyRows, ids: Tensor, block_k: int) -> Tensor:

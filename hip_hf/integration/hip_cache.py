@@ -137,7 +137,7 @@ class HiPCache(DynamicCache):
         layer: Any
         for index, layer in enumerate(self.layers):
             kind, length = _file_kind(layer), int(layer.get_seq_length())
-            unrotated = getattr(layer, "unrotated", False)
+            unrotated = kind == "paged" and layer.unrotated
             layers.append({"kind": kind, "length": length, "unrotated": unrotated})
             for name in ("keys", "values") if layer.is_initialized else ():
                 if kind == "paged":
@@ -257,7 +257,7 @@ class HiPCache(DynamicCache):
         caller's would go unnoticed.)"""
         layers: list[Any] = self.layers[: layer_idx + 1]
         running = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-        half = any(getattr(layer, "appending", False) for layer in layers)
+        half = any(layer.appending for layer in layers if isinstance(layer, PagedLayer))
         if self._last_update is not None or half or (self._in_model and running):
             self.spoil(error)
 
@@ -323,13 +323,14 @@ def _at_defaults(arguments: dict[str, Any]) -> bool:
 
 
 def _file_kind(layer: Any) -> str:
-    """`paged` or `sliding`: a layer in pages says itself what it is. Raises ValueError for a layer
-    that no file can hold."""
-    kind = "sliding" if type(layer) is DynamicSlidingWindowLayer else getattr(layer, "kind", "")
-    if kind not in ("paged", "sliding"):
-        allowed = "full-attention and sliding-window layers"
-        raise refused("cache", f"a {type(layer).__name__}", allowed)
-    return kind
+    """`paged` or `sliding`. Raises ValueError for a layer that no file can hold: a layer in pages
+    says itself whether one can."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return "sliding"
+    if isinstance(layer, PagedLayer) and layer.in_files:
+        return "paged"
+    allowed = "full-attention and sliding-window layers"
+    raise refused("cache", f"a {type(layer).__name__}", allowed)
 
 
 def _fill(layer: Any, keys: Any, values: Any, known: dict[str, Any], device: torch.device) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from hip_hf.attention import dense_reason
+from hip_hf.backends.base import kind_of
 from hip_hf.backends.choice import asks_for_kernels, kernels_serve
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import Span
@@ -32,7 +33,7 @@ from hip_hf.integration.layer_attention import attend_layer
 from hip_hf.integration.masks import keys_in_sight
 from hip_hf.integration.settings import layer_index, layer_settings
 from hip_hf.problem import AttentionProblem
-from hip_hf.state import numbered_state
+from hip_hf.state import DecodeState, numbered_state
 
 _count = itertools.count()
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
@@ -164,8 +165,8 @@ def _way(
     q, k, v = (torch.empty(1, heads, 1, dim, dtype=dtype, device=device) for heads, dim in shapes)
     problem = AttentionProblem(q, k, v, (Span(0, 0, keys, 0, 1, keys - 1),), *rest)
     dense = bool(dense_reason(problem, settings, layer_index(module), False)[0])
-    known = dense or (settings.method == "hip" and settings.delta is None)
-    if not known or not kernels_serve(problem, settings, dense):
+    selecting = settings.method == "hip" and kind_of(settings) == "block_sparse"
+    if not (dense or selecting) or not kernels_serve(problem, settings, dense):
         return "", False
     return settings.text, dense
 
@@ -188,18 +189,21 @@ def step(
     text, dense = _way(module, said["method"], raw, shapes, *kind, rest)
     if not text:
         return None
-    state: Any = None if dense else getattr(key, STATE).known(layer_index(module))
-    if not (dense or (state is not None and state.stepping(text, len(query)))):
-        return None
+    tables = None
+    if not dense:
+        state: DecodeState | None = getattr(key, STATE).known(layer_index(module))
+        if state is None or not state.stepping(text, len(query)):
+            return None
+        tables = state.device
     from hip_hf.backends.triton import ops  # which imports Triton
 
     table, holes = table_of(mask[..., : key.shape[2]])
     called = (text, scale, softcap, sliding_window)
-    if dense:
+    if tables is None:
         out, *_ = ops.attend(*given, sinks, table, None, None, None, *called, 0)
         out = out.transpose(1, 2)
     else:
-        out = ops.decode_step(*given, sinks, table, *state.device.tensors(), *called)
+        out = ops.decode_step(*given, sinks, table, *tables.tensors(), *called)
     return out.masked_fill(holes[:, None, None, None], torch.nan)
 
 

@@ -43,7 +43,7 @@ def _gathered(name: str) -> Any:
 class PagedLayer(Stateful, DynamicLayer):
     """One full-attention layer in pages. The model's `config` decides what `update` returns."""
 
-    kind = "paged"
+    in_files = True  # whether all that it keeps is what a file holds of a layer in pages
     keys, values = _gathered("keys"), _gathered("values")
 
     def __init__(
@@ -210,7 +210,7 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, 
     states there are.
     """
 
-    kind = "paged and running"
+    in_files = False
     is_compileable = False
 
     def __init__(self, made: LinearAttentionAndFullAttentionLayer, *args: Any) -> None:

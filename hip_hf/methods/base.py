@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hip_hf.config import HiPConfig, refuse
+from hip_hf.config import Declared, HiPConfig, refuse
 from hip_hf.registry import declare, declared
 
 if TYPE_CHECKING:
@@ -101,9 +101,35 @@ class Selector:
         return 0, 0
 
 
+Options = TypeVar("Options")
+
+
 @dataclass(frozen=True)
 class NoOptions:
     """For methods without settings of their own."""
+
+
+def options_of(config: HiPConfig, kind: type[Options]) -> Options:
+    """The method's own options, for whoever knows that its declaration says `options=kind`."""
+    options = config.method_options()
+    assert isinstance(options, kind)
+    return options
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """Options that raise ValueError for settings which do not fit them."""
+
+    def check(self, config: HiPConfig) -> None: ...
+
+
+def check_settings(config: HiPConfig) -> None:
+    """As the method's options do; those that check nothing have no stages either."""
+    options = config.method_options()
+    if isinstance(options, Checking):
+        options.check(config)
+    else:
+        refuse_stages(config)
 
 
 def refuse_stages(config: HiPConfig) -> None:
@@ -119,7 +145,7 @@ def never_dense(problem: AttentionProblem, config: HiPConfig, decoding: bool) ->
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Declared):
     """A method, as its module declares it by the name `METHOD`; `hip_hf/registry.py` lists the
     modules.
 
@@ -127,7 +153,8 @@ class Method:
         summary: what it reads besides sink and window, for the table in the documentation.
         selector: the rule that selects. None: an attention of its own, which backends know by name.
         options: the dataclass of its own settings, which validates them.
-        check: raises ValueError for settings that the method cannot serve.
+        check: raises ValueError for settings that the method cannot serve. Options that have a
+            `check(config)` are asked; without it, a list of intervals for stages is refused.
         selected_keys: keys that are selected for a query block at most.
         dense_reason: from a problem, settings and whether the call decodes: why the call must be
             dense, or an empty string; and whether for want of support.
@@ -141,10 +168,10 @@ class Method:
     summary: str
     selector: type[Selector] | None = None
     options: type = NoOptions
-    check: Callable[[HiPConfig], None] = refuse_stages
+    check: Callable[[HiPConfig], None] = check_settings
     selected_keys: Callable[[HiPConfig], int] = lambda config: config.budget
     dense_reason: Callable[[AttentionProblem, HiPConfig, bool], tuple[str, bool]] = never_dense
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     sized: Callable[[HiPConfig, int], Mapping[str, int]] | None = None
     reads_all: bool = False
 
@@ -206,7 +233,5 @@ def add_method(name: str, selector: type, options: type = NoOptions) -> None:
     """
     whole = issubclass(selector, Selector)
     rule = selector if whole else type(selector.__name__, (selector, _Defaults), {})
-    own_check = hasattr(options, "check")
-    check = (lambda config: config.method_options().check(config)) if own_check else refuse_stages
     summary = (selector.__doc__ or name).strip().partition("\n")[0]
-    declare(name, selector.__module__, Method(summary, rule, options, check))
+    declare(name, selector.__module__, Method(summary, rule, options))

@@ -1,5 +1,5 @@
-"""What methods share that look at a few query rows of a call densely and take their attention for
-everyone's."""
+"""What methods share that look at query rows densely, most of them at a few rows of a call, whose
+attention they take for everyone's."""
 
 from __future__ import annotations
 
@@ -22,18 +22,32 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 64
 
 
+def attention_to(
+    q: Tensor,
+    keys: Tensor,
+    position: Tensor,
+    key_position: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Dense attention `[..., n, K]`, in fp32 at least, of rows q `[..., n, D]` at the positions
+    `position` `[n]` to the keys `[..., K, D]` at `key_position` `[..., K]`; none to later keys."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2)
+    squash(logits, softcap)  # before later keys get -inf
+    logits.masked_fill_(key_position[..., None, :] > position[:, None], -torch.inf)
+    return torch.softmax(logits, dim=-1, out=logits)
+
+
 def attention_of(
     q: Tensor, keys: Tensor, rows: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """Dense attention `[G, n, keys in sight]`, in fp32 at least, of the ascending rows `rows` of
     `q` `[G, Tq, D]`, whose last row sits at the last of the keys `[T, D]`."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
     position = rows + (len(keys) - q.shape[1])
-    keys = keys[: int(position[-1]) + 1].to(dtype)
-    logits = (q[:, rows].to(dtype) * scale) @ keys.T
-    squash(logits, softcap)
-    logits.masked_fill_(torch.arange(len(keys), device=q.device) > position[:, None], -torch.inf)
-    return torch.softmax(logits, dim=-1, out=logits)
+    keys = keys[: int(position[-1]) + 1]
+    key_position = torch.arange(len(keys), device=q.device)
+    return attention_to(q[:, rows], keys, position, key_position, scale, softcap)
 
 
 def probe(

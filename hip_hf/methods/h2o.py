@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hip_hf.geometry import DECODE_ROWS, QueryBlock, Span, query_blocks
 from hip_hf.methods import base
-from hip_hf.methods.ranking import best, sampled_rows, squash
+from hip_hf.methods.columns import attention_to
+from hip_hf.methods.ranking import best, sampled_rows
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -143,19 +144,16 @@ class HeavyHitters(base.Bound):
     def _accumulate(self, mass: Tensor, block: QueryBlock, kept: Tensor) -> None:
         """Add the attention of the query block's voting rows to the mass of what they read."""
         size, device = self.config.block_k, self.q.device
-        dtype = torch.promote_types(self.q.dtype, torch.float32)
         picked = (kept[..., None] * size + torch.arange(size, device=device)).flatten(-2)
         sink = self._range(0, block.sink_end)
         window = self._range(block.window_start, block.last + 1)
         read = torch.cat([sink, picked, window], dim=-1)
         heads = torch.arange(len(self.keys), device=device)[:, None, None]
         rows = torch.tensor(list(sampled_rows(block, self.config.query_stride)), device=device)
-        q = self.q[:, :, rows].to(dtype) * self.scale  # [Hkv, G, n, D]
-        logits = q @ self.keys[heads, read].to(dtype).transpose(2, 3)  # [Hkv, G, n, keys]
-        squash(logits, self.softcap)
+        q, keys = self.q[:, :, rows], self.keys[heads, read]  # [Hkv, G, n, D], [Hkv, S, keys, D]
         position = rows - block.row + block.first
-        logits.masked_fill_(read[:, :, None] > position[:, None], -torch.inf)
-        attention = logits.softmax(-1).sum(2).unflatten(1, (self.shares, -1)).sum(2)
+        attention = attention_to(q, keys, position, read, self.scale, self.softcap)
+        attention = attention.sum(2).unflatten(1, (self.shares, -1)).sum(2)  # [Hkv, S, keys]
         mass.scatter_add_(-1, read // size, attention.to(mass.dtype))
 
 

@@ -67,7 +67,7 @@ def dense_reason(problem: AttentionProblem, config: HiPConfig, decoding: bool) -
         return f"hyper has no sliding window ({problem.sliding_window})", True
     if decoding:
         return "hyper decodes densely over the cache", False
-    exact = config.method_options().min_seq_len
+    exact = base.options_of(config, Options).min_seq_len
     if config.dense_below != 0 and problem.longest <= exact:
         return f"hyper is exact up to min_seq_len={exact}", False
     return "", False

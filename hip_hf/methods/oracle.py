@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods import base
-from hip_hf.methods.ranking import best, squash
+from hip_hf.methods.columns import attention_to
+from hip_hf.methods.ranking import best
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -42,18 +43,15 @@ class Exhaustive(base.Bound):
     softcap: float | None
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
-        config, parts = self.config, []
-        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        config, parts, groups = self.config, [], self.q.shape[1]
+        shares = 1 if config.group_shared else groups
         for block in blocks:
-            q = self.q[heads, :, rows_of_blocks([block])].to(dtype) * self.scale  # [H, G, n, D]
-            keys = self.keys[heads, : block.last + 1].to(dtype)
-            logits = torch.einsum("hgnd,hkd->hgnk", q, keys)
-            squash(logits, self.softcap)  # before future keys get -inf
-            position = torch.arange(block.last + 1, device=q.device)
-            future = position > torch.arange(block.first, block.last + 1, device=q.device)[:, None]
-            logits.masked_fill_(future, -torch.inf)
-            logits = logits.flatten(1, 2).unsqueeze(1) if config.group_shared else logits
-            mass = logits.softmax(-1).sum(-2)  # [H, S, keys]
+            q = self.q[heads, :, rows_of_blocks([block])].flatten(1, 2)  # [H, G * n, D]
+            keys = self.keys[heads, : block.last + 1]
+            at = torch.arange(block.last + 1, device=q.device)
+            rows = at[block.first :].repeat(groups)
+            attention = attention_to(q, keys, rows, at, self.scale, self.softcap)
+            mass = attention.unflatten(1, (shares, -1)).sum(2)  # [H, S, keys]
             searched = mass[..., block.low * config.block_k : block.high * config.block_k]
             scores = searched.unflatten(-1, (-1, config.block_k)).sum(-1)
             ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)

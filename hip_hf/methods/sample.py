@@ -35,7 +35,7 @@ class Selector(ColumnSelector):
     """The columns with the most sampled mass."""
 
     def looked_at(self, rows: int, device: torch.device | None = None) -> Tensor:
-        share = self.config.method_options().rows
+        share = base.options_of(self.config, Options).rows
         stride = rows if share * rows <= 1 else round(1 / share)
         return torch.arange((rows - 1) % stride, rows, stride, device=device)
 

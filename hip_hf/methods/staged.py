@@ -134,7 +134,7 @@ class Selector(base.Selector):
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)
-        self.options = config.method_options()
+        self.options = base.options_of(config, Options)
         self.stages = stages_of(config, self.options)
 
     def cost(self, block: QueryBlock, dim: int) -> tuple[int, int]:
@@ -294,5 +294,4 @@ METHOD = base.Method(
     "InfiniteHiP: stages of chunks, in-chunk descent, each stage with its own refresh interval",
     Selector,
     Options,
-    check=lambda config: config.method_options().check(config),
 )

@@ -26,7 +26,7 @@ class Options:
 
 def selected_keys(config: HiPConfig) -> int:
     """Keys beside sink and window that are read at most."""
-    return config.budget if config.method_options().recent else 0
+    return config.budget if base.options_of(config, Options).recent else 0
 
 
 class Selector(base.Selector):

@@ -41,7 +41,8 @@ class Selector(ColumnSelector):
     """The strongest columns and diagonals."""
 
     def looked_at(self, rows: int, device: torch.device | None = None) -> Tensor:
-        return torch.arange(max(0, rows - self.config.method_options().rows), rows, device=device)
+        last = base.options_of(self.config, Options).rows
+        return torch.arange(max(0, rows - last), rows, device=device)
 
     def bind(
         self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
@@ -78,7 +79,8 @@ class VerticalSlash(Columns):
         budget = self.config.budget_blocks
         columns = self.scores[heads, :, block.low : block.high]
         ids = torch.arange(block.low, block.high, device=columns.device).expand(columns.shape)
-        vertical = best(columns, ids, round(self.config.method_options().vertical * budget))
+        share = base.options_of(self.config, Options).vertical
+        vertical = best(columns, ids, round(share * budget))
         slash = self.slash(heads, block).scatter(-1, vertical - block.low, -torch.inf)
         return torch.cat([vertical, best(slash, ids, budget - vertical.shape[-1])], dim=-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,26 @@ def test_settings(spread: str) -> None:
             HiPConfig(method=spread, **fields)
     with pytest.raises(ValueError, match=r"allowed: hip \|.* spread"):
         HiPConfig(method="spred")
+
+
+@dataclass(frozen=True)
+class Even:
+    """Options that check the settings."""
+
+    def check(self, config: HiPConfig) -> None:
+        if config.budget % 64:
+            raise ValueError(f"HiPConfig.budget: got {config.budget}, allowed: a multiple of 64")
+
+
+def test_options_check_the_settings() -> None:
+    add_method("checked", Bare, Even)
+    try:
+        assert HiPConfig(method="checked", budget=128).method_options() == Even()
+        with pytest.raises(ValueError, match="got 96, allowed: a multiple of 64"):
+            HiPConfig(method="checked", budget=96)
+    finally:
+        METHODS.pop("checked")
+        _declared.pop("checked")
 
 
 def test_attention(spread: str, bare: str) -> None:

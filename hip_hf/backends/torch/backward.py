@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.base import Piece
 from hip_hf.geometry import QueryBlock
+from hip_hf.methods.ranking import squash
 from hip_hf.problem import AttentionProblem
 from hip_hf.workers import LOGITS_AT_ONCE, run
 
@@ -147,18 +148,15 @@ class Gradients:
             index = span.key_start + part
             of_head = (x[span.batch, head] for x in (problem.k, problem.v))
             k, v = (x.index_select(0, index).to(dtype) for x in of_head)
-            logits, slope = q @ k.T * problem.scale, None
-            if problem.softcap is not None:
-                logits = torch.tanh(logits / problem.softcap)
-                slope = 1 - logits.square()
-                logits = logits * problem.softcap
+            logits = q @ k.T * problem.scale
+            squash(logits, problem.softcap)
             hidden = part > row
             if problem.sliding_window is not None:
                 hidden |= part <= row - problem.sliding_window
             weights = torch.exp(logits.masked_fill(hidden, -torch.inf) - lse)
             grad = weights * (grad_out @ v.T - mean)
-            if slope is not None:
-                grad = grad * slope
+            if problem.softcap is not None:  # times the slope of the squashing
+                grad = grad * (1 - (logits / problem.softcap).square())
             grad = grad * problem.scale
             self.q[at] += grad @ k
             # each key once in a call, so the order of the sums is that of the calls

@@ -27,7 +27,7 @@ from hip_hf.workers import compute_dtype, scratch
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
-    from hip_hf.state import DecodeState, KeptSelection, RowState
+    from hip_hf.state import DecodeState, KeptSelection, RowState, SpanKeys
 
 # A buffer that is full grows by `1 / GROWTH` of its rows, and by `GROWTH` rows at least.
 GROWTH = 8
@@ -37,7 +37,7 @@ class Gathered:
     """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first
     `count` rows are keys and values of sink, selected blocks and window, in this order, values
     behind them are zero. Under context extension keys are turned to their places in it. A step's
-    own key comes with its `attend`."""
+    own key comes with its `attend`. What other modules call is `GatheredRows` of `state.py`."""
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
@@ -61,19 +61,15 @@ class Gathered:
             )
 
     def holds(self, selection: KeptSelection | None, position: int) -> bool:
-        """Whether the step at `position` under `selection` has only to add its own key."""
         mine = self.selection is not None and self.selection is selection
         return mine and self.position == position
 
     def serves(self, selection: KeptSelection | None, position: int) -> bool:
-        """Whether it holds the step at `position`, and nothing is to be selected for it."""
         return position < self.until and self.holds(selection, position)
 
     def fill(
-        self, t: Tensors, selection: KeptSelection, block: QueryBlock, size: int, until: int
+        self, t: SpanKeys, selection: KeptSelection, block: QueryBlock, size: int, until: int
     ) -> None:
-        """Bring what the step `block` reads under `selection` beside its own key, of key blocks of
-        `size` keys. The selection holds `until` then."""
         assert selection.ids is not None
         self.selection = None  # until all is there
         ids = selection.ids[:, 0, 0]
@@ -109,9 +105,7 @@ class Gathered:
         problem: AttentionProblem,
         need_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
-        from the query row `[Hkv, G, 1, D]` there, with sinks `[Hkv, G]`: output `[Hkv, G, 1, Dv]`
-        in the dtype that is multiplied in, log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
+        """The output is in the dtype that is multiplied in."""
         positions, query = problem.positions, q.to(self.k.dtype) * problem.scale
         if positions is not None:
             key = positions.rope.keys(key.to(self.k.dtype), self.count, positions.trained)
@@ -185,8 +179,9 @@ def attend_next(
     try:
         for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
             b, need_lse = span.batch, lse is not None
+            assert row.gathered is not None
             outs[b], total = row.gathered.attend(q[b], key, value, sinks, problem, need_lse)
-            if lse is not None:
+            if lse is not None and total is not None:
                 lse[b] = total.flatten(0, 1)
             row.position = span.end
             read, visible = read + row.gathered.count, visible + span.end

@@ -127,6 +127,7 @@ class DeltaAttention(DeltaCall):
             changed = bool(plan.at) or plan.kept is not None
             spans.append(plan.span.part(first, plan.end if changed else first))
         if any(span.rows for span in spans):
+            assert self.lse is not None
             sequences = sequences_of(tuple(spans), self.out.device)
             grid, arguments = spread_arguments(self.out, self.lse, *changes, sequences, self.gamma)
             spread_kernel[grid](**arguments)
@@ -155,6 +156,7 @@ class DeltaAttention(DeltaCall):
         for s, (plan, first) in enumerate(zip(plans, own, strict=True)):
             batch, row = plan.span.batch, plan.span.row_start
             if first:
+                assert self.lse is not None
                 change[s, :, 0] = out[batch, :, 0] - self.out[batch, :, row]
                 change_lse[s, :, 0] = lse[batch, :, 0] - self.lse[batch, :, row]
             elif plan.kept is not None:
@@ -163,6 +165,7 @@ class DeltaAttention(DeltaCall):
 
     def _anchors(self, plans: list[Plan], change: Tensor, change_lse: Tensor) -> None:
         """The differences of the aligned anchors, into slots 1, 2, ...: one launch for all."""
+        assert self.lse is not None
         aligned = [self._aligned(plan) for plan in plans]
         spans = []
         for plan, at in zip(plans, aligned, strict=True):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from hip_hf.backends.base import Executor, pick
+from hip_hf.backends.base import Executor, Executors
 from hip_hf.backends.triton.delta import DeltaAttention
 from hip_hf.backends.triton.hyper import HyperAttention
 from hip_hf.backends.triton.sparse import SparseAttention
@@ -17,9 +16,7 @@ from hip_hf.state import DecodeState
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-EXECUTORS: dict[str, Callable[..., Executor]] = dict(
-    block_sparse=SparseAttention, hyper=HyperAttention, delta=DeltaAttention
-)
+EXECUTORS = Executors(SparseAttention, HyperAttention, DeltaAttention)
 
 
 def run(
@@ -33,7 +30,7 @@ def run(
     """Run the sparse path of one call, which writes out `[B, Hq, Tq, Dv]` and lse fp32
     `[B, Hq, Tq]`. Where autograd follows, the results are new tensors instead, which the executor
     holds."""
-    call = pick(EXECUTORS, config)(problem, config, out, lse, mask)
+    call = EXECUTORS.pick(config)(problem, config, out, lse, mask)
     with torch.cuda.device_of(problem.q):  # Triton launches on the current device
         call.run(state)
     return call

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hip_hf.backends.base import kind_of
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
 from hip_hf.backends.triton.attention.backward import Gradient, gradients
@@ -249,7 +250,7 @@ def attention(
     plain = all(x is None for x in (*starts, problem.sliding_window, problem.softcap, sinks))
     if dense and plain and not need_lse and q.shape[2] in (1, k.shape[2]):
         return grouped_sdpa(q, k, v, problem.scale, q.shape[2] > 1), None
-    if not dense and (config.method == "hyper" or config.delta is not None):
+    if not dense and kind_of(config) != "block_sparse":
         out, lse = prompt(q, k, v, sinks, *starts, *told)
         return out, lse if need_lse else None
     block_q = 0 if dense else 1 if decoding else config.block_q

@@ -22,6 +22,8 @@ from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import DECODE_ROWS, Span, mask_heads
+from hip_hf.methods import streaming
+from hip_hf.methods.base import options_of
 from hip_hf.problem import AttentionProblem
 from hip_hf.state import DecodeState, KeptSelection, RowState
 
@@ -252,24 +254,25 @@ class SparseAttention(BlockSparseCall):
         rows: dict[int, RowState] = {
             s.batch: state.row(s.batch, s.key_start, s.position, s.end) for s in spans if s.rows
         }
-        old = state.device
-        if old is None or old.batch != problem.q.shape[0]:
-            old = None
+        kept = state.device
+        assert kept is None or isinstance(kept, DeviceState)
+        if kept is None or kept.batch != problem.q.shape[0]:
+            kept = None
             for row in rows.values():
                 row.on_device = False
-        if old is None or not old.holds(problem.longest):
+        if kept is None or not kept.holds(problem.longest):
             # room to grow: a new table costs O(T), so it must be rare
-            room = problem.longest + max(int(problem.longest * ROOM), LEAST_ROOM)
+            room, old = problem.longest + max(int(problem.longest * ROOM), LEAST_ROOM), kept
             capacity = max(room, problem.k.shape[2], 0 if old is None else 2 * old.capacity)
-            state.device = DeviceState.make(self.config, problem, capacity)
+            state.device = kept = DeviceState.make(self.config, problem, capacity)
             if old is not None:
-                state.device.take(old)
+                kept.take(old)
         for batch, row in rows.items():
             if not row.on_device:
-                state.device.crop(batch, 0)
+                kept.crop(batch, 0)
                 row.on_device, row.selection = True, None
-        state.device.even = len({span.key_start + span.end for span in spans}) == 1
-        return state.device
+        kept.even = len({span.key_start + span.end for span in spans}) == 1
+        return kept
 
     def _rows(
         self, spans: tuple[Span, ...], state: DecodeState | None, kept: DeviceState | None
@@ -321,7 +324,7 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
     """Why the kernels cannot serve a call of the sparse path; empty if they can."""
     if config.method not in ("hip", "streaming", "hyper"):
         return f"method {config.method} has no kernels"
-    if config.method == "streaming" and config.method_options().recent:
+    if config.method == "streaming" and options_of(config, streaming.Options).recent:
         return "streaming with `recent` has no kernels (without it, `window` may be as much longer)"
     if config.delta == 1:
         return "with delta=1 every row is dense, which has no kernels"

@@ -19,7 +19,7 @@ from hip_hf.backends.delta import anchors, mode_of
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span, block_read, keys_seen, query_blocks
 from hip_hf.methods import hyper
-from hip_hf.methods.base import selector_for, selects
+from hip_hf.methods.base import options_of, selector_for, selects
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _hyper(
     itemsize: int,
 ) -> AttentionCost:
     """HyperAttention's cost for the rows from the first of `blocks` on."""
-    since, options = blocks[0].first, config.method_options()
+    since, options = blocks[0].first, options_of(config, hyper.Options)
     hashing, attention, read = hyper.flops(options, first, end, dim, value_dim, since)
     visible = keys_seen(since, end - 1, None)
     loads = sum(block.last + 1 for block in blocks)

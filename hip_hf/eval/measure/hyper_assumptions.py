@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from hip_hf.config import HiPConfig
-from hip_hf.methods.hyper import Square, hashes, projections, tile
+from hip_hf.methods.base import options_of
+from hip_hf.methods.hyper import Options, Square, hashes, projections, tile
 from hip_hf.methods.ranking import squash
 from hip_hf.problem import AttentionProblem
 
@@ -37,7 +38,7 @@ def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> dict[st
     """The `QUANTITIES` for a problem of one span that begins at position 0, a list of numbers each,
     and how many `keys` the square has."""
     (span,) = problem.spans
-    half, options, groups = span.end // 2, config.method_options(), problem.groups
+    half, options, groups = span.end // 2, options_of(config, Options), problem.groups
     square = Square(half, span.end, 0, half)
     tiling = tile(square, options, problem.q.device)
     directions = projections(options, problem.q.shape[-1], config.seed, problem.q.device)

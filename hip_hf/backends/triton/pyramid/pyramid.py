@@ -16,6 +16,8 @@ from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import power_of_two
 from hip_hf.backends.triton.pyramid import summaries
+from hip_hf.methods.base import options_of
+from hip_hf.methods.hip import Options
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -117,7 +119,7 @@ class KeyPyramid:
         new (decode), so one launch does it all; otherwise tiles are built side by side."""
         config, blocks = self.config, sequences.max_keys // self.config.block_k
         block_table, stride_table = kv.table()
-        weight = 1.0 if config.representative == "minmax" else config.method_options().weight
+        weight = 1.0 if config.representative == "minmax" else options_of(config, Options).weight
         arguments = (
             self.table, self.states, self.built, kv.k, block_table, sequences.table,
             self.table.stride(0), self.table.stride(1), self.states.stride(0),

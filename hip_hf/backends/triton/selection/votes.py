@@ -41,6 +41,8 @@ from hip_hf.backends.triton.common.tuning import (
 from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, kept_of, sort_keys, tile
 from hip_hf.backends.triton.selection.voting import Voting, count_asked, count_votes, count_walkers
 from hip_hf.methods import need as by_need
+from hip_hf.methods.base import options_of
+from hip_hf.methods.hip import Options
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -342,7 +344,7 @@ def need_arguments(
         SINKS=q if logits.sinks is None else logits.sinks.contiguous(), TABLE=table,
         **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
         stride_table=stride_table, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
-        SAMPLE=config.method_options().sample, BLOCK_M=rows, BLOCK_N=shape.keys, GROUP=group,
+        SAMPLE=options_of(config, Options).sample, BLOCK_M=rows, BLOCK_N=shape.keys, GROUP=group,
         GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
         HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None,
         SLIDING=logits.sliding_window is not None, PRECISION=precision_of(q),
