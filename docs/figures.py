@@ -193,6 +193,11 @@ def methods() -> str:
     return "\n".join(lines) + "\n"
 
 
+def not_extending() -> str:
+    """The methods that do not work under context extension, from what each declares."""
+    return ", ".join(f"`{name}`" for name in METHODS if not method_of(name).extends) + "\n"
+
+
 def machines() -> str:
     """A table of the machines and versions that saved results say they were measured with."""
     lines = [
@@ -235,6 +240,7 @@ def make_all(folder: Path) -> None:
         )
     (folder / "answers.md").write_text(answers(), encoding="utf-8")
     (folder / "methods.md").write_text(methods(), encoding="utf-8")
+    (folder / "not_extending.md").write_text(not_extending(), encoding="utf-8")
     (folder / "machines.md").write_text(machines(), encoding="utf-8")
     (folder / "models.md").write_text(sweep.page(sweep.read_record()), encoding="utf-8")
 

@@ -15,8 +15,8 @@ from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.extension import check_extension, extends
 from hip_hf.integration.masks import hip_mask
 from hip_hf.integration.model_checks import check_class, check_heads, check_layers, check_reach
+from hip_hf.integration.patched_forward import patch_layers, unpatch_all, unpatch_layer
 from hip_hf.integration.patches.families import layers_of, layers_to_extend
-from hip_hf.integration.patches.forward import patch_layers, unpatch_all, unpatch_layer
 from hip_hf.integration.settings import (
     NAMES,
     attends_by_us,

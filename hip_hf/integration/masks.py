@@ -16,13 +16,11 @@ keys.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
@@ -181,7 +179,7 @@ def _check_copy(mask: torch.Tensor) -> None:
         origin = (values - places)[values != PAD]
         fits = len(origin) == 0 or bool((origin == origin[0]).all() and origin[0] > LAST // 2)
     if not fits:
-        raise refused("attention_mask", f"a 4-D {mask.dtype} tensor {_maker(mask)}", _ALLOWED)
+        raise refused("attention_mask", f"a 4-D {mask.dtype} tensor", _ALLOWED)
 
 
 def _padded_spans(mask: torch.Tensor, rows: int) -> tuple[Span, ...] | None:
@@ -242,8 +240,8 @@ def narrowed(mask: torch.Tensor, keys: int) -> torch.Tensor:
 
 
 def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
-    """Raise ValueError, which says who made it, for a mask that does not fit a query of shape
-    `[B, Hq, Tq, D]` and `keys` keys, or that was computed with a position mask."""
+    """Raise ValueError for a mask that does not fit a query of shape `[B, Hq, Tq, D]` and
+    `keys` keys, or that was computed with a position mask."""
     batch, heads, rows, _ = query
     if holds_positions(mask):
         fits, allowed = mask.shape == (batch, 1, 1, keys), _ALLOWED
@@ -253,29 +251,12 @@ def check_mask(mask: torch.Tensor, query: torch.Size, keys: int) -> None:
         fits = fits and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True))
         allowed = f"one that broadcasts to {want}"
     if not fits:
-        got = f"a {mask.dtype} tensor of shape {tuple(mask.shape)} {_maker(mask)}"
+        got = f"a {mask.dtype} tensor of shape {tuple(mask.shape)}"
         raise refused("attention_mask", f"{got} for {batch} rows of {keys} keys", allowed)
     if mask.is_floating_point() and not tracing() and not bool(mask.max() < LAST // 2):
-        got = f"numbers up to {mask.max().item():g} {_maker(mask)}"
-        got += " (which has computed with a mask of hip, if it made this one)"
+        got = f"numbers up to {mask.max().item():g}"
+        got += " (a model that made them has computed with a mask of hip)"
         raise refused("attention_mask", got, "numbers to add to logits")
-
-
-def _maker(mask: torch.Tensor) -> str:
-    """Who made a mask that hip did not: the model's own code, unless the outermost module that is
-    running was called with it."""
-    given: list[Any] = [mask]
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            given = [*frame.f_locals["args"], *frame.f_locals["kwargs"].values()]
-        frame = frame.f_back
-    memory = mask.untyped_storage().data_ptr()  # the layer may have got a part of it
-    for x in given:
-        for each in x.values() if isinstance(x, dict) else [x]:
-            if type(each) is torch.Tensor and each.untyped_storage().data_ptr() == memory:
-                return "of the caller's own"
-    return "that the model made itself"
 
 
 def unmasked_rows(mask: torch.Tensor | None, batch: int) -> int:

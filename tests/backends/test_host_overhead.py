@@ -35,9 +35,9 @@ from hip_hf.cache import pages as paged_keys
 from hip_hf.cache.pages import BlockTable
 from hip_hf.config import HiPConfig
 from hip_hf.integration import attention_function, continuous_batching, masks
+from hip_hf.integration import patched_forward as forward
 from hip_hf.integration.hip_cache import HiPCache
 from hip_hf.integration.in_graph import table_of
-from hip_hf.integration.patches import forward
 from hip_hf.problem import AttentionProblem
 
 device_guards, launches = fake_cuda.device_guards, fake_cuda.launches  # fixtures

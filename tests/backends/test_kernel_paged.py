@@ -17,8 +17,8 @@ from hip_hf.attention import Result, attend
 from hip_hf.backends.triton.dense import keys_of
 from hip_hf.cache.pages import BlockTable, PagedTensor, Store
 from hip_hf.cache.pool import PagePool
+from hip_hf.integration import patched_forward as forward
 from hip_hf.integration.attention_function import attention_forward
-from hip_hf.integration.patches import forward
 from hip_hf.state import DecodeState
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]

@@ -49,11 +49,11 @@ REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
     ),
     "numbers": (
         lambda rows, keys: dict(attention_mask=torch.zeros(1, 1, rows, keys - 1)),
-        r"attention_mask: got a torch.float32 tensor of shape .* of the caller's own",
+        r"attention_mask: got a torch.float32 tensor of shape .* for 1 rows of",
     ),
     "integers": (
         lambda rows, keys: dict(attention_mask=int_mask(rows, keys)),
-        r"attention_mask: got a .*torch.int32 tensor of ",
+        r"attention_mask: got a .*torch.int32 tensor.*, allowed: a 2-D mask",
     ),
     "batch": (
         lambda rows, keys: dict(attention_mask=torch.ones(3, keys)),
@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[Callable[[int, int], dict[str, Any]], str]] = {
     ),
     "boolean": (
         lambda rows, keys: dict(attention_mask=torch.ones(1, 1, rows, keys - 1, dtype=torch.bool)),
-        r"attention_mask: got a torch.bool tensor of shape .* of the caller's own",
+        r"attention_mask: got a torch.bool tensor of shape .* for 1 rows of",
     ),
     "settings": (lambda rows, keys: dict(), r"HiPConfig.budget: got 7, allowed: "),
 }

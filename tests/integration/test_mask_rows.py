@@ -343,7 +343,7 @@ STRANGERS = {
 @pytest.mark.parametrize("name", STRANGERS)
 def test_strangers_are_refused(name: str) -> None:
     mask = STRANGERS[name]
-    what = rf"^attention_mask: got a 4-D {mask.dtype} tensor of the caller's own, allowed: "
+    what = rf"^attention_mask: got a 4-D {mask.dtype} tensor, allowed: "
     what += "a 2-D mask, or a 4-D one of booleans"
     with pytest.raises(ValueError, match=what):
         mask_spans(mask.clone(), KEYS)
@@ -400,9 +400,7 @@ def test_masks_that_broadcast_fit(kind: torch.dtype) -> None:
     for shape in FIT:
         check_mask(torch.zeros(shape, dtype=kind), QUERY, KEYS)
     for shape in MISFIT:
-        got = re.escape(
-            f"got a {kind} tensor of shape {shape} of the caller's own for 2 rows of 24 keys"
-        )
+        got = re.escape(f"got a {kind} tensor of shape {shape} for 2 rows of 24 keys")
         with pytest.raises(
             ValueError,
             match=rf"^attention_mask: {got}, allowed: one that broadcasts to \(2, 4, 5, 24\)$",
@@ -428,7 +426,7 @@ def test_numbers_that_were_made_of_a_mask_of_ours() -> None:
         numbers[0, 0, 0, 3] = most
         with pytest.raises(
             ValueError,
-            match=r"^attention_mask: got numbers up to .* of the caller's own \(which has computed",
+            match=r"^attention_mask: got numbers up to .* \(a model that made them has computed",
         ):
             check_mask(numbers, QUERY, KEYS)
 

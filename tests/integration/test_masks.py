@@ -50,9 +50,7 @@ NOT_OURS: dict[str, torch.Tensor] = {
 def test_a_mask_that_is_not_ours_is_refused(family: str, name: str) -> None:
     model = make_model(family)
     with (
-        pytest.raises(
-            ValueError, match=r"^attention_mask: got .* of the caller's own.*, allowed: "
-        ),
+        pytest.raises(ValueError, match=r"^attention_mask: got a.* tensor.*, allowed: "),
         torch.no_grad(),
     ):
         model(make_batch([KEYS])["input_ids"], attention_mask=NOT_OURS[name])
@@ -85,7 +83,7 @@ def test_a_copy_of_our_mask_serves_as_the_mask_does(tokens: list[int], hole: boo
     moved = mask.clone()
     moved[0, 0, 0, 150] += 1  # one key out of its place
     with pytest.raises(
-        ValueError, match=r"^attention_mask: got a 4-D torch.int32 tensor of the caller's own"
+        ValueError, match=r"^attention_mask: got a 4-D torch.int32 tensor, allowed: "
     ):
         model(batch["input_ids"], attention_mask=moved)
 

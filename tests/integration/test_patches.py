@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Olmo2Config
 
 import hip_hf
-from hip_hf.integration.patches import families, forward
+from hip_hf.integration import patched_forward as forward
+from hip_hf.integration.patches import families
 
 
 @pytest.fixture

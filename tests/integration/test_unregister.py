@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,15 +72,21 @@ def main() -> None:
     from transformers import DynamicCache, LlamaConfig
 
     before, found = state(), {}
+    import torch
+    from families import make_model
+
     import hip_hf
+    from hip_hf.eval.measure.capture import capture
     from hip_hf.integration import serve
 
+    model = make_model("llama", "sdpa")
     for turn in range(TWICE):
         hip_hf.register()
         serve.register()
         serve.limit_lengths(100)
         serve.after_loading(print)
         serve.explain_failures()
+        capture(model, torch.ones(1, 8, dtype=torch.long))
         found[f"registered {turn}"] = changed(before)
         for _ in range(TWICE):
             hip_hf.unregister()
@@ -109,6 +116,7 @@ def test_all_that_was_changed_is_taken_back(found: dict[str, list[str]], turn: i
     wanted |= {"ContinuousBatchingManager.switch_to_cb_friendly_attn", "PagedAttentionCache.update"}
     wanted |= {"ModelManager._validate_args", "ModelManager._load_model", "server.build_server"}
     wanted |= {"CBGenerateManager.generate_streaming"}
+    wanted |= {"attentions.hip_capture", "masks.hip_capture"}
     assert wanted <= {*found[f"registered {turn}"]}
     assert found[f"unregistered {turn}"] == ["DynamicCache.__new__"]  # which cannot be deleted
 
@@ -173,6 +181,19 @@ def test_what_somebody_has_wrapped_since_stays(monkeypatch: pytest.MonkeyPatch) 
     theirs.wrapped = table["wrapped"] = 3
     changes.undo()
     assert vars(theirs) == table == {"wrapped": 3, "kept": 1}
+
+
+def test_every_file_that_changes_something_is_on_the_page() -> None:
+    """In Transformers, lm-eval or Python's import system."""
+    changing = re.compile(
+        r"\b(?:at_undo|set_attribute|set_item|wrap)\(|meta_path|Interface\.register"
+    )
+    page = (ROOT / "docs" / "monkey_patches.md").read_text(encoding="utf-8")
+    package = ROOT / "hip_hf"
+    files = [file for file in package.rglob("*.py") if changing.search(file.read_text("utf-8"))]
+    names = {file.relative_to(package).as_posix() for file in files} - {"integration/changes.py"}
+    assert len(names) > 5
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from patched import attention
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import hip_hf
-from hip_hf.integration.patches import forward
+from hip_hf.integration import patched_forward as forward
 
 TRAINED = 128
 

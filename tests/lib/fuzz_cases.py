@@ -3,6 +3,8 @@ plain attention in float64."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from hip_hf.config import DELTA_MODES, REPRESENTATIVES, SCORES, VOTES, HiPConfig
 from hip_hf.geometry import BlockMask
-from hip_hf.methods.base import selects
+from hip_hf.methods.base import method_of, selects
 from hip_hf.problem import DTYPES
 from hip_hf.registry import METHODS
 
@@ -159,7 +161,7 @@ def tensor_arguments(shape: Shape) -> dict[str, Any]:
 
 
 def options(method: str, block_k: int, budget: int) -> list[dict[str, Any]]:
-    """Some of the options of a method."""
+    """Some of the options of a method: those that are named here, or else other values of each."""
     stages = [[2 * block_k, 2 * budget, 3], [block_k, budget, 1]]
     some: dict[str, list[dict[str, Any]]] = {
         "hip": [
@@ -173,7 +175,26 @@ def options(method: str, block_k: int, budget: int) -> list[dict[str, Any]]:
         "sample": [{"rows": 0.3}],
         "hyper": [{"block_size": 8, "sample_size": 8, "min_seq_len": 16, "lsh_num_projs": 3}],
     }
-    return [{}, *some.get(method, [])]
+    return [{}, *(some.get(method) or other_options(method))]
+
+
+def other_options(method: str) -> list[dict[str, Any]]:
+    """A single option each time, near its default but not it. Only what the method allows."""
+    found = []
+    for option in dataclasses.fields(method_of(method).options):
+        default = getattr(method_of(method).options(), option.name)
+        near: list[Any] = []
+        if isinstance(default, bool):
+            near = [not default]
+        elif isinstance(default, int):
+            near = [default - 1, default + 1]
+        elif isinstance(default, float):
+            near = [default / 2, 2 * default]
+        for value in near:
+            fields: dict[str, Any] = dict(method=method, options={option.name: value})
+            if refused(functools.partial(HiPConfig, **fields))[0] is not None:
+                found.append(fields["options"])
+    return found
 
 
 @st.composite

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hip_hf.integration.patches import forward
+from hip_hf.integration import patched_forward as forward
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor], **fields: Any) -> torch.Tensor:

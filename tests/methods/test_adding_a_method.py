@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from figures import methods as table
+from figures import not_extending
+from fuzz_cases import options
 from helpers import assert_near, causal, eager, make_problem, make_qkv, read_mask, small, sparse
 
 from hip_hf.attention import attend
@@ -192,6 +194,15 @@ def test_documentation(spread: str, bare: str) -> None:
     assert "| `spread` | blocks that are spread evenly | `every` |" in rows
     said = "The first candidates: a rule that takes nothing from this package."
     assert f"| `bare` | {said} |  |" in rows
+    refusing = not_extending()
+    assert "`bare`" in refusing
+    assert "`spread`" not in refusing
+
+
+def test_fuzzing_tries_its_options(spread: str, bare: str) -> None:
+    """Values that the options themselves allow, and all of them other than the defaults."""
+    assert options("spread", 8, 32) == [{}, {"every": 1}, {"every": 3}]
+    assert options("bare", 8, 32) == [{}]
 
 
 def test_a_file_without_a_declaration_says_so(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 import pytest
 from browser import Seen, broken_links, visit
 from repository import ROOT
@@ -93,7 +94,7 @@ def test_all_settings_are_documented_with_their_defaults(kind: type) -> None:
 
 
 def test_what_pages_say_of_the_defaults_is_true() -> None:
-    """Numbers in sentences that follow from the settings, and lists of the methods."""
+    """Numbers in sentences that follow from the settings."""
     defaults = hip_hf.HiPConfig()
     costs = [prompt_cost(defaults, tokens) for tokens in (8192, 32768, 131072)]
     ratios = [f"{cost.selection / cost.attention:.2f}" for cost in costs if cost is not None]
@@ -111,12 +112,23 @@ def test_what_pages_say_of_the_defaults_is_true() -> None:
             f"(`rescore`; {defaults.rescore_blocks} blocks by default)",
         ],
         "docs/serving.md": [f"to {defaults.sparse_reach:,} keys"],
-        "docs/extension.md": [f"`{method}`" for method in METHODS if not method_of(method).extends],
-        "README.md": [f"`{method}`" for method in METHODS],
     }
     for page, sentences in said.items():
         text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
         assert [sentence for sentence in sentences if sentence not in text] == [], page
+
+
+def test_every_method_is_in_what_pages_list() -> None:
+    """The complete lists are generated. The README names methods by hand: all of those exist."""
+    assert [name for name in METHODS if f"| `{name}` |" not in figures.methods()] == []
+    refusing = [name for name in METHODS if not method_of(name).extends]
+    assert re.findall(r"`(\w+)`", figures.not_extending()) == refusing
+    for page in ("methods", "extension"):
+        assert "```{include} _generated/" in (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"besides `hip` there are (.+?), with the same", README)
+    named = re.findall(r"`(\w+)`", sentence)
+    assert len(named) > 5
+    assert set(named) <= METHODS.keys()
 
 
 def check_all_are_there(seen: dict[Path, Seen], built: Path) -> None:

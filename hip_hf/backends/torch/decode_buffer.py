@@ -35,8 +35,9 @@ GROWTH = 8
 
 class Gathered:
     """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first
-    `count` rows are keys and values of sink, selected blocks and window, in this order, values
-    behind them are zero. Under context extension keys are turned to their places in it. A step's
+    `count` rows are keys and values of selected blocks, sink and window, in this order, values
+    behind them are zero. Under context extension keys are turned to their places, those of the
+    selected blocks between sink and window. A step's
     own key comes with its `attend`. What other modules call is `GatheredRows` of `state.py`."""
 
     def __init__(self, room: int, t: Tensors) -> None:
@@ -80,20 +81,25 @@ class Gathered:
             self._take_room(max(count, self.first))
         self.count = count - 1
         for name, x, into in (("k", t.k, self.k), ("v", t.v, self.v)):
-            into[:, :sink] = x[:, block.start : block.sink_end]
-            chosen = into[:, sink : sink + picked]
+            chosen = into[:, :picked]
             if x.dtype == into.dtype:
                 pick(x, ids, size, chosen)
             else:
                 like = into.new_empty(0, dtype=x.dtype)
                 raw = scratch.take(name, tuple(chosen.shape), like)
                 chosen.copy_(pick(x, ids, size, raw))
-            into[:, sink + picked : self.count] = x[:, block.window_start : block.last]
+            into[:, picked : picked + sink] = x[:, block.start : block.sink_end]
+            into[:, picked + sink : self.count] = x[:, block.window_start : block.last]
         # else what they held before, were it infinite or NaN, would count though it weighs nothing
         self.v[:, self.count :] = 0
         if t.positions is not None:
-            keys = self.k[:, : self.count]
-            keys.copy_(t.positions.rope.keys(keys, 0, t.positions.trained))
+            rope, most = t.positions.rope, t.positions.trained
+            for first, keys in (
+                (sink, self.k[:, :picked]),
+                (0, self.k[:, picked : picked + sink]),
+                (sink + picked, self.k[:, picked + sink : self.count]),
+            ):
+                keys.copy_(rope.keys(keys, first, most))
         self.selection, self.position, self.until = selection, block.last, until
 
     def attend(

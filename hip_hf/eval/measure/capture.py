@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hip_hf.attention import attend
 from hip_hf.config import HiPConfig
+from hip_hf.integration.changes import set_item
 from hip_hf.integration.masks import hip_mask, holds_positions, mask_spans, mask_window
 from hip_hf.integration.settings import text_config
 from hip_hf.problem import AttentionProblem, make_spans
@@ -54,6 +55,14 @@ def _capture_attention(
     return attend(problem, DENSE).out.transpose(1, 2).contiguous(), None
 
 
+def _register() -> None:
+    """Let Transformers know the name `CAPTURE`, until `hip_hf.unregister`. It outlives a capture:
+    another thread may be capturing as well."""
+    if CAPTURE not in AttentionInterface._global_mapping:
+        set_item(AttentionInterface._global_mapping, CAPTURE, _capture_attention)
+        set_item(AttentionMaskInterface._global_mapping, CAPTURE, hip_mask)
+
+
 @torch.no_grad()
 def capture(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -64,8 +73,7 @@ def capture(
     The model's own attention implementation is back in place afterwards, also after an error.
     Raises ValueError if a layer's attention is not causal, or the model does not attend through
     Transformers' interface."""
-    AttentionInterface.register(CAPTURE, _capture_attention)
-    AttentionMaskInterface.register(CAPTURE, hip_mask)
+    _register()
     config = text_config(model)
     before = config._attn_implementation
     problems: Problems = []

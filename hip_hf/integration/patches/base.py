@@ -1,4 +1,5 @@
-"""What a patcher of a family says: how an attention layer is put together, for `forward.py`."""
+"""What a patcher of a family says: how an attention layer is put together
+(`patched_forward.py`)."""
 
 from __future__ import annotations
 
