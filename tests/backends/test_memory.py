@@ -4,6 +4,7 @@ on a kept state."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from helpers import make_problem, make_qkv
 import hip_hf
 from hip_hf import workers
 from hip_hf.attention import attend, hip_attention
+from hip_hf.backends.torch import block_sparse
+from hip_hf.backends.torch import sparse as sparse_module
 from hip_hf.config import HiPConfig
 from hip_hf.state import DecodeState
 
@@ -41,6 +44,31 @@ def test_the_meter_counts_storages_and_no_views() -> None:
     assert allocations(lambda: x[None] * torch.ones(7, 1)).largest == 28000
 
 
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that wait for a selection take a buffer of a size that no context changes: here a
+    small one, beside which what grows shows."""
+    monkeypatch.setattr(block_sparse, "NEAR_AT_ONCE", 1 << 20)
+
+
+def test_logits_that_wait_take_no_more_than_their_buffer() -> None:
+    config = HiPConfig(dense_below=0, dense_tail=0)
+    q, k, v = make_qkv(LONG // 2, heads=1)
+    sizes = []
+    real = block_sparse.near_logits
+
+    def noted(*args: Any) -> Any:
+        logits, lse = real(*args)
+        sizes.append((len(logits), logits.nbytes))
+        return logits, lse
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_module, "near_logits", noted)
+        hip_attention(q, k, v, config=config)
+    assert max(count for count, _ in sizes) > 1
+    assert max(size for _, size in sizes) <= block_sparse.NEAR_AT_ONCE
+
+
 @pytest.mark.parametrize(
     ("fields", "dense_tail"),
     [
@@ -51,7 +79,9 @@ def test_the_meter_counts_storages_and_no_views() -> None:
         (dict(method="streaming"), 0),
     ],
 )
-def test_prefill_allocates_a_constant_per_token(fields: dict, dense_tail: int) -> None:
+def test_prefill_allocates_a_constant_per_token(
+    fields: dict, dense_tail: int, small_buffers: None
+) -> None:
     """Outputs, pyramid, buffers: the largest of them, and all that was ever allocated, freed or
     not, per token."""
     sizes = dict(
@@ -78,7 +108,9 @@ def test_prefill_allocates_a_constant_per_token(fields: dict, dense_tail: int) -
 
 
 @pytest.mark.parametrize(("family", "path"), [("llama", "sparse"), ("mistral", "dense")])
-def test_a_models_forward_allocates_a_constant_per_token(family: str, path: str) -> None:
+def test_a_models_forward_allocates_a_constant_per_token(
+    family: str, path: str, small_buffers: None
+) -> None:
     """Masks, rotations and projections included; left-padded, so that there is a mask. Mistral: a
     window below the budget."""
     model = make_model(family, budget=64, window=64, block_q=256, query_stride=64)
