@@ -319,7 +319,7 @@ class HiPConfig:
         whole."""
         return self.sink + self.selected_keys + self.window
 
-    def method_options(self) -> Any:
+    def method_options(self) -> object:
         """The method's own options as its dataclass, which `methods.base.options_of` names."""
         return self._options  # type: ignore[attr-defined]
 

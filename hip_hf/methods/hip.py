@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, block_index, head_rows_of
-from hip_hf.config import HiPConfig, refuse
+from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.need import (
     BoundByNeed,
+    Options,
     Votes,
     asked_rows,
     most_sampled,
@@ -54,29 +55,6 @@ from hip_hf.workers import scratch
 GATHERED_AT_ONCE = 1 << 21
 # Logits of votes for candidates that are looked at whole, so many that they stay in cache.
 LOGITS_AT_ONCE = 1 << 18
-
-
-@dataclass(frozen=True)
-class Options:
-    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: the most keys that need is
-    estimated from, one in 64. `descent`: of the votes by need, one in so many walks the tree, the
-    neediest; all of them score what these find. `onward`: the share of a block's score, by the mass
-    in its keys, that the block after it gets as well, 0 to 1."""
-
-    weight: float = 0.5
-    sample: int = 768
-    descent: int = 2
-    onward: float = 0.3
-
-    def __post_init__(self) -> None:
-        for name in ("weight", "onward"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= 1:
-                refuse(f"options[{name!r}]", value, "0 to 1")
-        for name, least in (("sample", 2), ("descent", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                refuse(f"options[{name!r}]", value, f"an integer >= {least}")
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
@@ -103,7 +81,7 @@ def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or 
 def onward_of(config: HiPConfig) -> float:
     """The share of a block's score that the block after it gets as well: none of best logits, which
     are no shares."""
-    return float(config.method_options().onward) if config.score == "mass" else 0.0
+    return base.options_of(config, Options).onward if config.score == "mass" else 0.0
 
 
 class Selector(base.Selector):
@@ -114,7 +92,7 @@ class Selector(base.Selector):
 
     def __init__(self, config: HiPConfig) -> None:
         super().__init__(config)
-        weight = config.method_options().weight
+        weight = base.options_of(config, Options).weight
         self.representative = make_representative(config.representative, weight)
         self.asks_need = config.vote == "need"
 

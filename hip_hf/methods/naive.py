@@ -37,8 +37,8 @@ class Search:
     """One search: settings, the keys `[T, D]` of one head, the votes, and the searched range
     `[low, high)` in key blocks.
 
-    `weight`: share of the bound in `blend`. `walking`: the number of votes, the first ones, that
-    walk the tree; None: all.
+    `weight`: share of the bound in `blend`. `onward`: share of a block's score, by mass, that the
+    block after it gets as well. `walking`: how many votes, the first, walk the tree; None: all.
     """
 
     config: HiPConfig
@@ -49,6 +49,7 @@ class Search:
     scale: float
     softcap: float | None = None
     weight: float = 0.5
+    onward: float = 0.3
     walking: int | None = None
 
     def run(self) -> list[int]:
@@ -117,15 +118,14 @@ class Search:
         return self.scores(logits, votes, self.size(level))
 
     def judged(self, blocks: list[int]) -> dict[int, float]:
-        """Scores of blocks by all of their keys; each has a share (`onward`) of that of the block
-        before it as well."""
+        """Scores of blocks by all of their keys, with a share of those of the blocks before."""
         bk = self.config.block_k
         logits = {}
         for i in blocks:
             keys = self.keys[i * bk : (i + 1) * bk]
             logits[i] = [[self.capped(float(row @ key)) for key in keys] for row, _ in self.votes]
         found = self.scores(logits, self.votes, 1)
-        onward = self.config.method_options().onward if self.config.score == "mass" else 0
+        onward = self.onward if self.config.score == "mass" else 0
         return {i: score + onward * found.get(i - 1, 0) for i, score in found.items()}
 
     def scores(

@@ -18,12 +18,14 @@ keys are looked at), nothing is estimated: the search weighs every vote by what 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hip_hf.cache.pages import KeyRows, pick
+from hip_hf.config import refuse
 from hip_hf.methods import base
 from hip_hf.methods.ranking import best, sampled_rows, squash
 from hip_hf.workers import scratch
@@ -43,6 +45,29 @@ ASKED = 2
 SPACING = 64
 # Votes, what each finds near, and how many of them walk the tree (`BoundByNeed._votes`).
 Votes = tuple[Tensor, Tensor | None, int]
+
+
+@dataclass(frozen=True)
+class Options:
+    """`weight`: share of the bound in `blend`, 0 to 1. `sample`: the most keys that need is
+    estimated from, one in 64. `descent`: of the votes by need, one in so many walks the tree, the
+    neediest; all of them score what these find. `onward`: the share of a block's score, by the mass
+    in its keys, that the block after it gets as well, 0 to 1."""
+
+    weight: float = 0.5
+    sample: int = 768
+    descent: int = 2
+    onward: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "onward"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                refuse(f"options[{name!r}]", value, "0 to 1")
+        for name, least in (("sample", 2), ("descent", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                refuse(f"options[{name!r}]", value, f"an integer >= {least}")
 
 
 def asked_rows(config: HiPConfig, rows: int) -> range:
@@ -67,14 +92,14 @@ def votes_of(config: HiPConfig, rows: int, heads: int, whole: bool) -> int:
 def walkers_of(config: HiPConfig, votes: int) -> int:
     """How many of so many votes by need walk the tree: all, where nothing is scored again at its
     end."""
-    return -(-votes // config.method_options().descent) if config.rescore_blocks else votes
+    return -(-votes // base.options_of(config, Options).descent) if config.rescore_blocks else votes
 
 
 def most_sampled(config: HiPConfig, low: int, high: int) -> int:
     """From how many keys of the blocks `low` to `high - 1` need is estimated at most: one in
     `SPACING`, but a quarter of `sample` in any case, and no more than `sample`. With two at least,
     a chunk always lies inside."""
-    most = int(config.method_options().sample)
+    most = base.options_of(config, Options).sample
     return min(most, max(2, most // 4, (high - low) * config.block_k // SPACING))
 
 

@@ -10,6 +10,8 @@ import torch
 from helpers import DECODE_ROWS, make_qkv, sparse
 
 from hip_hf.config import HiPConfig
+from hip_hf.methods.base import options_of
+from hip_hf.methods.need import Options
 from hip_hf.state import DecodeState
 
 
@@ -61,15 +63,14 @@ def expected(
                 found[head, n] = list(range(low, high))
                 continue
             own_rows = torch.stack([queries[:, p - (keys - rows)] for p in block])
-            weight, sample = (
-                getattr(config.method_options(), name) for name in ("weight", "sample")
-            )
-            search = brute.Search(config, own, [], low, high, scale, softcap, weight)
+            options = options_of(config, Options)
+            bounds = (low, high, scale, softcap, options.weight, options.onward)
+            search = brute.Search(config, own, [], *bounds)
             if config.vote == "sampled":
                 search.votes = brute.sampled(own_rows, config.query_stride)
             else:
                 logit = lambda row, key, search=search: search.capped(float(row @ key))  # noqa: E731
-                given = (block[0], low, high, logit, own_sinks, sliding, sample)
+                given = (block[0], low, high, logit, own_sinks, sliding, options.sample)
                 search.votes, search.walking = brute.by_need(config, own, own_rows, *given)
             found[head, n] = search.run()
     return found

@@ -19,7 +19,7 @@ from repository import ROOT
 import hip_hf
 from hip_hf.eval.measure.costs import prompt_cost
 from hip_hf.methods.base import method_of
-from hip_hf.methods.hip import Options
+from hip_hf.methods.need import Options
 from hip_hf.registry import METHODS
 
 if not os.environ.get("CI"):  # where it must have run

@@ -17,7 +17,7 @@ from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import power_of_two
 from hip_hf.backends.triton.pyramid import summaries
 from hip_hf.methods.base import options_of
-from hip_hf.methods.hip import Options
+from hip_hf.methods.need import Options
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig

@@ -42,7 +42,6 @@ from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, kept_of, so
 from hip_hf.backends.triton.selection.voting import Voting, count_asked, count_votes, count_walkers
 from hip_hf.methods import need as by_need
 from hip_hf.methods.base import options_of
-from hip_hf.methods.hip import Options
 
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
@@ -338,13 +337,13 @@ def need_arguments(
         # keys wait for the number of their page, which is looked up in the same turn
         shape = replace(shape, stages=min(shape.stages, 2))
     rows = rows_of(shape, group, voting.asked)
-    table, stride_table = kv.table()
+    (table, stride_table), options = kv.table(), options_of(config, by_need.Options)
     arguments = dict(
         **shared_arguments(q, voting, sequences, config, logits, block_q, made, near, need), K=kv.k,
         SINKS=q if logits.sinks is None else logits.sinks.contiguous(), TABLE=table,
         **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
         stride_table=stride_table, dim=dim, scale=logits.scale, softcap=logits.softcap or 1.0,
-        SAMPLE=options_of(config, Options).sample, BLOCK_M=rows, BLOCK_N=shape.keys, GROUP=group,
+        SAMPLE=options.sample, BLOCK_M=rows, BLOCK_N=shape.keys, GROUP=group,
         GROUP_PADDED=power_of_two(group), D=max(16, power_of_two(dim)), PAGE_SIZE=kv.page_size,
         HAS_SINKS=logits.sinks is not None, SOFTCAP=logits.softcap is not None,
         SLIDING=logits.sliding_window is not None, PRECISION=precision_of(q),
