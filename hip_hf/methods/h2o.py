@@ -94,7 +94,7 @@ class Selector(base.Selector):
         return HeavyHitters(self.config, q, keys, pyramid, scale, softcap)
 
 
-class HeavyHitters(base.Bound):
+class HeavyHitters(base.BoundSelector):
     def __init__(
         self,
         config: HiPConfig,

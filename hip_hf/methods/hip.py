@@ -35,7 +35,7 @@ from hip_hf.config import HiPConfig, refuse
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.need import (
-    BoundByNeed,
+    BoundSelectorByNeed,
     Votes,
     asked_rows,
     most_sampled,
@@ -160,7 +160,7 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class TreeSearch(BoundByNeed):
+class TreeSearch(BoundSelectorByNeed):
     config: HiPConfig
     representative: Representative
     q: Tensor

@@ -35,7 +35,7 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class Exhaustive(base.Bound):
+class Exhaustive(base.BoundSelector):
     config: HiPConfig
     q: Tensor
     keys: Tensor

@@ -154,7 +154,7 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class StagedSearch(base.Bound):
+class StagedSearch(base.BoundSelector):
     config: HiPConfig
     stages: list[Stage]
     halvings: int | None

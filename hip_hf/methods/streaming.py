@@ -49,7 +49,7 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class Latest(base.Bound):
+class Latest(base.BoundSelector):
     """The last `budget` candidates of every query block."""
 
     shares: int

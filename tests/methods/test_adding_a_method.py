@@ -52,7 +52,7 @@ class Selector(base.Selector):
         return 7 * dim, dim
 
 
-class Spread(base.Bound):
+class Spread(base.BoundSelector):
     def __init__(self, config, shares, device):
         self.config, self.shares, self.device = config, shares, device
 

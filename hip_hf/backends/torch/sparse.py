@@ -24,8 +24,8 @@ from hip_hf.backends.torch.block_sparse import (
 from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span, rows_of_blocks
-from hip_hf.methods.base import Bound
-from hip_hf.methods.need import BoundByNeed, asked_rows
+from hip_hf.methods.base import BoundSelector
+from hip_hf.methods.need import BoundSelectorByNeed, asked_rows
 from hip_hf.state import DecodeState, KeptSelection, RowState
 from hip_hf.workers import compute_dtype, run
 
@@ -77,7 +77,7 @@ class SparseAttention(BlockSparseCall):
             else:
                 self._prefill(t, span, row)
 
-    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Bound:
+    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> BoundSelector:
         """The selection rule bound to the span, its pyramid extended to what the query blocks
         need."""
         pyramid = row.pyramid if row is not None else None
@@ -118,7 +118,7 @@ class SparseAttention(BlockSparseCall):
             dense.attend_rows(t, tail, span, self.pieces)
 
     def _unit(
-        self, t: Tensors, search: Bound, span: Span, head: int, blocks: list[QueryBlock]
+        self, t: Tensors, search: BoundSelector, span: Span, head: int, blocks: list[QueryBlock]
     ) -> None:
         heads = slice(head, head + 1)
         t = t.part(heads)
@@ -240,7 +240,7 @@ class SparseAttention(BlockSparseCall):
             row.selection = KeptSelection(latest, last.window_start, last.first)
 
     def _attend_each(
-        self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]
+        self, t: Tensors, search: BoundSelector, span: Span, heads: slice, blocks: list[QueryBlock]
     ) -> Tensor:
         """Attention of rows that each select for themselves, and what they select."""
         # each row's sink and window are those of its neighbours, but for the neighbours' own keys
@@ -278,11 +278,11 @@ class SparseAttention(BlockSparseCall):
         return ids
 
     def _selected(
-        self, search: Bound, heads: slice, blocks: list[QueryBlock], near: Tensor | None
+        self, search: BoundSelector, heads: slice, blocks: list[QueryBlock], near: Tensor | None
     ) -> Tensor:
         """What query blocks select, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
         if self.selector.asks_need:
-            return cast(BoundByNeed, search).select(heads, blocks, near)
+            return cast(BoundSelectorByNeed, search).select(heads, blocks, near)
         return search.select(heads, blocks)
 
     def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
