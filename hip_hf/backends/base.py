@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from hip_hf.backends.keys_read import Count, blocks_of, of_blocks, share_of
+from hip_hf.backends.keys_read import Count, blocks_of, density_of, of_blocks
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, mask_heads
 from hip_hf.methods.base import selector_for
 from hip_hf.problem import AttentionProblem
@@ -105,9 +105,9 @@ class Result:
     unsupported: bool = False
 
     @property
-    def share(self) -> float:
-        """Return the share of the visible keys that were read. It is counted here."""
-        return share_of(self.count)
+    def density(self) -> float:
+        """Return the fraction of the visible keys that were read. It is counted here."""
+        return density_of(self.count)
 
 
 def kind_of(config: HiPConfig) -> str:

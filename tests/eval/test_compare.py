@@ -44,7 +44,7 @@ def assert_instrumented(
         result = attend(problem, config)
     heads = problem.q.shape[1]
     assert counter.get_total_flops() == heads * (cost.selection + cost.attention + hidden)
-    assert cost.read / cost.visible == pytest.approx(result.share)
+    assert cost.read / cost.visible == pytest.approx(result.density)
 
 
 @pytest.mark.parametrize(

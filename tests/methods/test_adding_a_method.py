@@ -110,14 +110,14 @@ def reads_everything_where_the_budget_covers(method: str) -> None:
     out, lse = eager(*tensors, causal(1, 203, 203))
     assert_near(got.out, out)
     assert_near(got.lse, lse, what="lse")
-    assert got.share == 1
+    assert got.density == 1
 
 
 def reads_what_it_selects(method: str) -> None:
     config, tensors = small(method=method), make_qkv(203)
     got = sparse(*tensors, config)
     assert_near(got.out, eager(*tensors, read_mask(got.mask, config, *tensors[:2]))[0])
-    assert got.share < 0.8
+    assert got.density < 0.8
 
 
 def test_settings(spread: str) -> None:

@@ -81,8 +81,9 @@ def over_chunks(reports: list[tuple[int, Report]], first: int) -> Report:
         at += rows
     layers = Report()
     for i, last in enumerate(reports[-1][1]):
-        shares = [report[i].share for _, report in reports]
-        read = [share * keys for share, keys in zip(shares, seen, strict=True) if share is not None]
+        densities = [report[i].share for _, report in reports]
+        pairs = zip(densities, seen, strict=True)
+        read = [density * keys for density, keys in pairs if density is not None]
         layers.append(last if len(read) < len(seen) else replace(last, share=sum(read) / sum(seen)))
     return layers
 
