@@ -34,13 +34,13 @@ class Piece:
     block_k: int
     rows: int
 
-    def positions(self, head: int, share: int, i: int) -> Tensor:
-        """Return the positions `[n]`, relative to the span, of the keys that the query heads
-        `share` of key head `head` read in query block `i`."""
+    def positions(self, head: int, mask: int, i: int) -> Tensor:
+        """Return the positions `[n]`, relative to the span, of the keys that query block `i`
+        reads by the mask number `mask` of key head `head`."""
         block = self.blocks[i]
         if self.ids is None:
             return torch.arange(block.start, block.last + 1, device="cpu")
-        chosen = self.ids[head - self.heads.start, share, i].cpu()
+        chosen = self.ids[head - self.heads.start, mask, i].cpu()
         picked = (
             chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")
         ).flatten()

@@ -53,14 +53,14 @@ class Selector(base.Selector):
 
 
 class Spread(base.BoundSelector):
-    def __init__(self, config, shares, device):
-        self.config, self.shares, self.device = config, shares, device
+    def __init__(self, config, masks_per_kv_head, device):
+        self.config, self.masks_per_kv_head, self.device = config, masks_per_kv_head, device
 
     def select(self, heads, blocks):
         count = self.config.budget_blocks
         spread = torch.arange(count, device=self.device)
         ids = [spread * block.num_candidates // count + block.low for block in blocks]
-        return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
+        return torch.stack(ids).expand(heads.stop - heads.start, self.masks_per_kv_head, -1, -1)
 
 
 METHOD = base.Method(

@@ -122,12 +122,12 @@ class Gradients:
         for piece in pieces:
             if not piece.heads.start <= head < piece.heads.stop:
                 continue
-            shares = 1 if piece.ids is None else piece.ids.shape[1]
-            for share in range(shares):
-                first = head * groups + share
-                heads = slice(first, first + groups // shares)
+            masks_per_kv_head = 1 if piece.ids is None else piece.ids.shape[1]
+            for mask in range(masks_per_kv_head):
+                first = head * groups + mask
+                heads = slice(first, first + groups // masks_per_kv_head)
                 for i, block in enumerate(piece.blocks):
-                    self._add(piece, block, head, heads, piece.positions(head, share, i))
+                    self._add(piece, block, head, heads, piece.positions(head, mask, i))
 
     def _add(
         self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: Tensor

@@ -266,10 +266,10 @@ class SparseAttention(BlockSparseCall):
         runs = [blocks] if t.positions is None else [[block] for block in blocks]
         for at, some in enumerate(runs if ids.shape[3] else []):
             rows = slice(at, at + len(some))
-            for share in range(ids.shape[1]):
-                group = slice(None) if ids.shape[1] == 1 else slice(share, share + 1)
+            for mask in range(ids.shape[1]):
+                group = slice(None) if ids.shape[1] == 1 else slice(mask, mask + 1)
                 part = t.part(slice(None), group)
-                more, more_lse = partial(part, some, ids[:, share, rows], size, True, near=False)
+                more, more_lse = partial(part, some, ids[:, mask, rows], size, True, near=False)
                 assert more_lse is not None
                 at_once = out[:, group, rows], lse[:, group, rows]
                 lse[:, group, rows] = merge(*at_once, more.to(lse.dtype), more_lse)
@@ -355,8 +355,8 @@ class SparseAttention(BlockSparseCall):
         if ids is None:
             ids = torch.arange(block.low, block.high, device=self.out.device)
             ids = ids.expand(heads.stop - heads.start, 1, -1)
-        shares = 1 if self.config.group_shared else self.problem.groups
-        ids = ids.expand(-1, shares, -1).flatten(0, 1)
-        into = slice(heads.start * shares, heads.stop * shares)
+        masks_per_kv_head = 1 if self.config.group_shared else self.problem.groups
+        ids = ids.expand(-1, masks_per_kv_head, -1).flatten(0, 1)
+        into = slice(heads.start * masks_per_kv_head, heads.stop * masks_per_kv_head)
         self.mask.indices[span.batch, into, at, : ids.shape[1]] = ids.int()
         self.mask.counts[span.batch, into, at] = ids.shape[1]
