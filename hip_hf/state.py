@@ -118,13 +118,13 @@ class GatheredRows(Protocol):
         q: Tensor,
         key: Tensor,
         value: Tensor,
-        sinks: Tensor | None,
+        sink_logits: Tensor | None,
         problem: AttentionProblem,
         need_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
-        from the query row `[Hkv, G, 1, D]` there, with sinks `[Hkv, G]`: output `[Hkv, G, 1, Dv]`,
-        log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
+        from the query row `[Hkv, G, 1, D]` there, with `sink_logits` `[Hkv, G]`: output
+        `[Hkv, G, 1, Dv]`, log-sum-exp `[Hkv, G, 1]` if asked for or with these logits."""
 
 
 class DeviceTables(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 from hip_hf.backends.base import Result
 from hip_hf.backends.keys_read import known
 from hip_hf.backends.tensors import Tensors
-from hip_hf.backends.torch.block_sparse import add_sinks, weigh_values
+from hip_hf.backends.torch.block_sparse import add_sink_logits, weigh_values
 from hip_hf.cache.pages import pick, rows_of
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods.ranking import squash
@@ -101,7 +101,7 @@ class Gathered:
         q: Tensor,
         key: Tensor,
         value: Tensor,
-        sinks: Tensor | None,
+        sink_logits: Tensor | None,
         problem: AttentionProblem,
         need_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -125,11 +125,11 @@ class Gathered:
         if rows > self.count:
             logits[..., self.count :] = -torch.inf
         out = logits.new_empty(*logits.shape[:2], v.shape[-1])
-        lse = weigh_values(logits, v, out, need_lse or sinks is not None)
+        lse = weigh_values(logits, v, out, need_lse or sink_logits is not None)
         out, lse = out[:, :, None], None if lse is None else lse[..., None]
-        if sinks is not None:
+        if sink_logits is not None:
             assert lse is not None
-            add_sinks(out, lse, sinks)
+            add_sink_logits(out, lse, sink_logits)
         return out, lse
 
 
@@ -174,13 +174,13 @@ def attend_next(
     gathered in `rows`, one for each span: into out `[B, Hq, 1, Dv]` and lse `[B, Hq, 1]`."""
     heads = (problem.k.shape[1], problem.groups)
     q, outs = problem.q.unflatten(1, heads), out.unflatten(1, heads)
-    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
+    sink_logits = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
     read = visible = 0
     try:
         for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
             b, need_lse = span.batch, lse is not None
             assert row.gathered is not None
-            outs[b], total = row.gathered.attend(q[b], key, value, sinks, problem, need_lse)
+            outs[b], total = row.gathered.attend(q[b], key, value, sink_logits, problem, need_lse)
             if lse is not None and total is not None:
                 lse[b] = total.flatten(0, 1)
             row.position = span.end

@@ -149,8 +149,8 @@ class SparseAttention(BlockSparseCall):
         take from what is left for the candidates, of each block's rows that are `asked`."""
         size = self.config.block_k
         logits, lse = near_logits(t, blocks, size, self.budget * size, asked)
-        if t.sinks is not None:
-            lse = torch.logaddexp(lse, t.sinks[:, :, None].to(lse.dtype))
+        if t.sink_logits is not None:
+            lse = torch.logaddexp(lse, t.sink_logits[:, :, None].to(lse.dtype))
         return logits, lse
 
     def _attend(
