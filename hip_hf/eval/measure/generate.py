@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from hip_hf.eval.measure.memory import Meter, cache_mib
+from hip_hf.eval.measure.memory import MemoryMeter, cache_mib
 from hip_hf.geometry import keys_seen
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache
@@ -133,7 +133,7 @@ def generate(
     if cache is not None:
         given[CACHE] = cache
     hook = model.register_forward_hook(note_rows, with_kwargs=True)
-    meter = Meter(model.device)
+    meter = MemoryMeter(model.device)
     try:
         with torch.no_grad():
             # only generate knows when the prompt is through: the clock stops inside it, before the
