@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 GROWTH = 8
 
 
-class Gathered:
+class DecodeBuffer:
     """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first
     `count` rows are keys and values of sink, selected blocks and window, in this order, values
     behind them are zero. Under context extension keys are turned to their places in it. A step's
-    own key comes with its `attend`. What other modules call is `GatheredRows` of `state.py`."""
+    own key comes with its `attend`. What other modules call is `StepBuffer` of `state.py`."""
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
@@ -133,11 +133,11 @@ class Gathered:
         return out, lse
 
 
-def gathered_rows(
+def buffered_rows(
     problem: AttentionProblem, config: HiPConfig, state: DecodeState
 ) -> list[RowState] | None:
     """Return what is kept of each span's row for a decode step that selects nothing and whose keys
-    are all gathered but its own, as in most steps. Return None for any other call."""
+    are all in its buffer but its own, as in most steps. Return None for any other call."""
     if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None:
         return None
     if problem.needs_grad or not state.bound(config, problem.k):
@@ -145,11 +145,11 @@ def gathered_rows(
     rows = []
     for span in problem.spans:
         row = state.rows.get(span.batch)
-        if row is None or row.gathered is None:
+        if row is None or row.decode_buffer is None:
             return None
         if (row.key_start, row.position) != (span.key_start, span.position):
             return None
-        if not row.gathered.serves(row.selection, span.position):
+        if not row.decode_buffer.serves(row.selection, span.position):
             return None
         rows.append(row)
     return rows
@@ -179,14 +179,16 @@ def attend_next(
     try:
         for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
             b, need_lse = span.batch, lse is not None
-            assert row.gathered is not None
-            outs[b], total = row.gathered.attend(q[b], key, value, sink_logits, problem, need_lse)
+            assert row.decode_buffer is not None
+            outs[b], total = row.decode_buffer.attend(
+                q[b], key, value, sink_logits, problem, need_lse
+            )
             if lse is not None and total is not None:
                 lse[b] = total.flatten(0, 1)
             row.position = span.end
-            read, visible = read + row.gathered.count, visible + span.end
+            read, visible = read + row.decode_buffer.count, visible + span.end
     except BaseException:  # also an interrupt: who knows how far a row has come
         for row in rows:
-            row.gathered = None
+            row.decode_buffer = None
         raise
     return Result(out, lse, None, "sparse", "", partial(known, read, visible))

@@ -21,7 +21,7 @@ from hip_hf.backends.torch.block_sparse import (
     partial,
     store,
 )
-from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
+from hip_hf.backends.torch.decode_buffer import DecodeBuffer, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span, rows_of_blocks
 from hip_hf.methods.base import BoundSelector
@@ -215,8 +215,8 @@ class SparseAttention(BlockSparseCall):
                 ids = self._selected(search, heads, [block], near)
             if row is not None:
                 row.selection = KeptSelection(ids, block.window_start, block.first)
-        if row is not None and self._gathers(t, row, block, steps):
-            self._attend_gathered(t, span, row, block, steps)
+        if row is not None and self._uses_decode_buffer(t, row, block, steps):
+            self._attend_decode_buffer(t, span, row, block, steps)
             self._take_note(span, heads, [block], ids)
         else:
             self._attend(t, span, heads, [block], ids)
@@ -285,7 +285,7 @@ class SparseAttention(BlockSparseCall):
             return cast(BoundSelectorByNeed, search).select(heads, blocks, near)
         return search.select(heads, blocks)
 
-    def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
+    def _uses_decode_buffer(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
         """Whether what a selection reads is kept side by side for the steps that it serves. Not
         where it changes each step (a sliding window), where heads of a group read keys of their
         own, where device pools of a cache do the same, and for a copy of a sequence that has none
@@ -294,7 +294,7 @@ class SparseAttention(BlockSparseCall):
         return (
             steps > 1
             and kept is not None
-            and (row.gathered is not None or kept.position == block.last)
+            and (row.decode_buffer is not None or kept.position == block.last)
             and kept.ids is not None
             and kept.ids.shape[1] == 1
             and t.sliding_window is None
@@ -309,20 +309,20 @@ class SparseAttention(BlockSparseCall):
         sink = -(-config.sink // size) * size
         return sink + self.budget * size + config.window + size + steps
 
-    def _attend_gathered(
+    def _attend_decode_buffer(
         self, t: Tensors, span: Span, row: RowState, block: QueryBlock, steps: int
     ) -> None:
         """Attend to what is kept side by side, which is brought there first where it is not."""
         kept = row.selection
         assert kept is not None
-        if row.gathered is None:
-            row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
-        if not row.gathered.holds(kept, block.last):
+        if row.decode_buffer is None:
+            row.decode_buffer = DecodeBuffer(self._room(min(steps, STEPS_AT_FIRST)), t)
+        if not row.decode_buffer.holds(kept, block.last):
             refresh, until = self.config.decode_refresh, kept.position + steps
             if isinstance(refresh, list):
                 ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)]
                 until = min([until, *ends])
-            row.gathered.fill(t, kept, block, self.config.block_k, until)
+            row.decode_buffer.fill(t, kept, block, self.config.block_k, until)
         at = slice(span.row_start, span.row_end)
         step = replace(self.problem, q=self.problem.q[:, :, at], spans=(span,))
         lse = None if self.lse is None else self.lse[:, :, at]
