@@ -23,8 +23,8 @@ from helpers import (
     small,
     sparse,
 )
-from placed import EXTENDED, near_at_streaming_places, positions
 from tree_cases import expected, layout, selected
+from with_rope import EXTENDED, near_at_streaming_places, positions
 
 from hip_hf import workers
 from hip_hf.attention import Result, attend
