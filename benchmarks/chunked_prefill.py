@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hip_hf.eval.measure.memory import MIB, Meter
+from hip_hf.eval.measure.memory import MIB, MemoryMeter
 from hip_hf.eval.reporting.report import machine
 
 SHAPE = dict(
@@ -78,7 +78,7 @@ def measure(length: int, chunk: int) -> dict[str, Any]:
         return cache
 
     read(2 * chunk)  # whatever is allocated once
-    meter = Meter(torch.device("cpu"))
+    meter = MemoryMeter(torch.device("cpu"))
     cache = read(length)
     peak = meter.peak_mib()
     assert peak is not None, "the system does not say how much memory a process has"

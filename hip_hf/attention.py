@@ -14,7 +14,7 @@ from hip_hf.backends.mixed import Part, merged, parts_of
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.backward import traced
-from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows, new_keys
+from hip_hf.backends.torch.decode_buffer import attend_next, buffered_rows, new_keys
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
@@ -137,7 +137,7 @@ def _attend(
 ) -> Result:
     """`attend` with the settings of the layer."""
     if state is not None and not need_mask and not choice.kernels_wanted(problem, config):
-        rows = gathered_rows(problem, config, state)
+        rows = buffered_rows(problem, config, state)
         if rows is not None:
             out, lse = empty_outputs(problem, need_lse)
             return attend_next(problem, rows, new_keys(problem), out, lse)

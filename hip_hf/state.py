@@ -95,9 +95,9 @@ class SpanKeys(Protocol):
     def positions(self) -> Positions | None: ...
 
 
-class GatheredRows(Protocol):
+class StepBuffer(Protocol):
     """What the decode steps of one batch row read under one selection, side by side: `count` rows,
-    without the next step's own key (`Gathered` in `backends/torch/decode_buffer.py`)."""
+    without the next step's own key (`DecodeBuffer` in `backends/torch/decode_buffer.py`)."""
 
     count: int
 
@@ -118,13 +118,13 @@ class GatheredRows(Protocol):
         q: Tensor,
         key: Tensor,
         value: Tensor,
-        sinks: Tensor | None,
+        sink_logits: Tensor | None,
         problem: AttentionProblem,
         need_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
-        from the query row `[Hkv, G, 1, D]` there, with sinks `[Hkv, G]`: output `[Hkv, G, 1, Dv]`,
-        log-sum-exp `[Hkv, G, 1]` if asked for or with sinks."""
+        from the query row `[Hkv, G, 1, D]` there, with `sink_logits` `[Hkv, G]`: output
+        `[Hkv, G, 1, Dv]`, log-sum-exp `[Hkv, G, 1]` if asked for or with these logits."""
 
 
 class DeviceTables(Protocol):
@@ -160,7 +160,7 @@ class RowState:
     pyramid: Summaries | None = None
     selection: KeptSelection | None = None
     correction: Correction | None = None
-    gathered: GatheredRows | None = None  # what the steps under `selection` read
+    decode_buffer: StepBuffer | None = None  # what the steps under `selection` read
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 
@@ -269,7 +269,8 @@ class DecodeState:
                 rows[to] = replace(row)
                 if indices.count(source) > 1:
                     if indices.index(source) < to:
-                        rows[to].gathered = None  # it grows with every step: one of them keeps it
+                        # it grows with every step: one of them keeps it
+                        rows[to].decode_buffer = None
                     if row.pyramid is not None:
                         row.pyramid.shared = True
                     if row.correction is not None and row.correction.clusters is not None:

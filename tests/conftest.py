@@ -30,7 +30,7 @@ from poison import spoil_fresh_memory
 
 from hip_hf import workers
 from hip_hf.backends.torch import dense, sparse
-from hip_hf.backends.torch.decode_buffer import Gathered
+from hip_hf.backends.torch.decode_buffer import DecodeBuffer
 from hip_hf.methods.hip import TreeSearch
 
 # `tests/*/test_fuzz*.py` share the cases of a profile between their properties; other tests say how
@@ -116,7 +116,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     written goes unnoticed."""
     spoil_fresh_memory(monkeypatch)
     works = ((sparse, "attend_range"), (dense, "attend_range"), (sparse.SparseAttention, "_near"))
-    for owner, name in (*works, (Gathered, "fill"), (Gathered, "attend")):
+    for owner, name in (*works, (DecodeBuffer, "fill"), (DecodeBuffer, "attend")):
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name)))
     # the logits of sink and window wait in a buffer until the rest has been selected and read
     for owner, name in ((TreeSearch, "_search"), (sparse, "attend"), (sparse, "partial")):

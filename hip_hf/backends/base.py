@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from hip_hf.backends.keys_read import Count, blocks_of, of_blocks, share_of
+from hip_hf.backends.keys_read import Count, blocks_of, density_of, of_blocks
 from hip_hf.geometry import DECODE_ROWS, BlockMask, QueryBlock, Span, mask_heads
 from hip_hf.methods.base import selector_for
 from hip_hf.problem import AttentionProblem
@@ -34,13 +34,13 @@ class Piece:
     block_k: int
     rows: int
 
-    def positions(self, head: int, share: int, i: int) -> Tensor:
-        """Return the positions `[n]`, relative to the span, of the keys that the query heads
-        `share` of key head `head` read in query block `i`."""
+    def positions(self, head: int, mask: int, i: int) -> Tensor:
+        """Return the positions `[n]`, relative to the span, of the keys that query block `i`
+        reads by the mask number `mask` of key head `head`."""
         block = self.blocks[i]
         if self.ids is None:
             return torch.arange(block.start, block.last + 1, device="cpu")
-        chosen = self.ids[head - self.heads.start, share, i].cpu()
+        chosen = self.ids[head - self.heads.start, mask, i].cpu()
         picked = (
             chosen[:, None] * self.block_k + torch.arange(self.block_k, device="cpu")
         ).flatten()
@@ -105,9 +105,9 @@ class Result:
     unsupported: bool = False
 
     @property
-    def share(self) -> float:
-        """Return the share of the visible keys that were read. It is counted here."""
-        return share_of(self.count)
+    def density(self) -> float:
+        """Return the fraction of the visible keys that were read. It is counted here."""
+        return density_of(self.count)
 
 
 def kind_of(config: HiPConfig) -> str:

@@ -126,15 +126,16 @@ class Clusters:
         self._summed, self._sums = last, sums[:, -1].clone()
 
         # take out what is read
-        shares, count = chosen.ids.shape[1], chosen.ids.shape[3]
+        masks_per_kv_head, count = chosen.ids.shape[1], chosen.ids.shape[3]
         flat, size = chosen.ids.flatten(1), chosen.block_k  # [Hkv, S * blocks * n]
         rows = self._numbers(*(pick(x, flat, size) for x in (k, v)))
         at = (flat[..., None] * size + torch.arange(size, device=self.device)).flatten(1)
         ids = self._ids.gather(1, at - self.start).long()
         rows *= chosen.valid.expand_as(chosen.ids).flatten(1).repeat_interleave(size, 1)[..., None]
-        block = torch.arange(shares * many, device=self.device).repeat_interleave(count * size)
-        read = summed(block * CLUSTERS + ids, rows, shares * many * CLUSTERS)
-        return sums[:, None] - read.view(heads, shares, many, CLUSTERS, -1)
+        block = torch.arange(masks_per_kv_head * many, device=self.device)
+        block = block.repeat_interleave(count * size)
+        read = summed(block * CLUSTERS + ids, rows, masks_per_kv_head * many * CLUSTERS)
+        return sums[:, None] - read.view(heads, masks_per_kv_head, many, CLUSTERS, -1)
 
     def _numbers(self, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.to(self.dtype), v.to(self.dtype)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 Count = Callable[[], tuple[float, float]]
 
 
-def share_of(count: Count | None) -> float:
-    """Return the share of the keys in sight that were read; without a `count` all were."""
+def density_of(count: Count | None) -> float:
+    """Return the fraction of the keys in sight that were read; without a `count` all were."""
     read, visible = (1, 1) if count is None else count()
     return read / visible if visible else 1.0
 

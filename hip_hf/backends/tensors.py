@@ -16,8 +16,8 @@ from hip_hf.rope import Positions
 @dataclass(frozen=True)
 class Tensors:
     """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out
-    `[Hkv, G, rows, Dv]`, lse `[Hkv, G, rows]` or None, sinks `[Hkv, G]` or None. Rows of k and v
-    are contiguous, or in pages."""
+    `[Hkv, G, rows, Dv]`, lse `[Hkv, G, rows]` or None, sink_logits `[Hkv, G]` or None. Rows of k
+    and v are contiguous, or in pages."""
 
     q: Tensor
     k: KeyRows
@@ -27,15 +27,18 @@ class Tensors:
     scale: float
     sliding_window: int | None
     softcap: float | None
-    sinks: Tensor | None
+    sink_logits: Tensor | None
     positions: Positions | None = None  # q and k are not rotated: here is where they go
 
     def part(self, heads: slice, group: slice = slice(None)) -> Tensors:
         """Return the part of the key heads `heads`, and of the query heads `group` of each of
         them."""
         q, out = self.q[heads, group], self.out[heads, group]
-        lse, sinks = (None if x is None else x[heads, group] for x in (self.lse, self.sinks))
-        return replace(self, q=q, k=self.k[heads], v=self.v[heads], out=out, lse=lse, sinks=sinks)
+        lse, sink_logits = (
+            None if x is None else x[heads, group] for x in (self.lse, self.sink_logits)
+        )
+        k, v = self.k[heads], self.v[heads]
+        return replace(self, q=q, k=k, v=v, out=out, lse=lse, sink_logits=sink_logits)
 
 
 def tensors_of(problem: AttentionProblem, span: Span, out: Tensor, lse: Tensor | None) -> Tensors:
@@ -57,8 +60,10 @@ def tensors_of(problem: AttentionProblem, span: Span, out: Tensor, lse: Tensor |
 
     q, k, v = grouped(problem.q), keys_in_sight(problem.k), keys_in_sight(problem.v)
     lse = None if lse is None else grouped(lse)
-    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, (heads, problem.groups))
-    rules = (problem.scale, problem.sliding_window, problem.softcap, sinks, problem.positions)
+    sink_logits = problem.sinks
+    if sink_logits is not None:
+        sink_logits = sink_logits.unflatten(0, (heads, problem.groups))
+    rules = (problem.scale, problem.sliding_window, problem.softcap, sink_logits, problem.positions)
     return Tensors(q, k, v, grouped(out), lse, *rules)
 
 

@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from hip_hf.attention import Result, attend
-from hip_hf.backends.keys_read import Count, share_of
+from hip_hf.backends.keys_read import Count, density_of
 from hip_hf.cache.pages import ArenaHeadRows, BlockTable, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, wrap
@@ -249,7 +249,7 @@ def continuous(
 
 def _each_alike(counts: list[Count | None]) -> tuple[float, float]:
     """A count in which every request weighs as much, whatever its length."""
-    return sum(map(share_of, counts)), max(1, len(counts))
+    return sum(map(density_of, counts)), max(1, len(counts))
 
 
 def _ring(

@@ -15,7 +15,7 @@ import torch
 
 from hip_hf.attention import attend
 from hip_hf.backends.choice import kernels_wanted
-from hip_hf.backends.torch.decode_buffer import attend_next, gathered_rows
+from hip_hf.backends.torch.decode_buffer import attend_next, buffered_rows
 from hip_hf.config import HiPConfig
 from hip_hf.integration.extension import positions_of
 from hip_hf.integration.hip_cache import HiPCache
@@ -58,7 +58,7 @@ def next_token(
         keys, values = cache.update(key, value, module.layer_idx)
         problem = replace(problem, k=keys, v=values)
     else:
-        rows = gathered_rows(problem, settings, layer.hip_state)
+        rows = buffered_rows(problem, settings, layer.hip_state)
         if rows is None:
             return None
         cache.append(key, value, module.layer_idx)

@@ -36,8 +36,8 @@ class Report(list[Row]):
         cells: list[tuple[str, ...]] = [head]
         for row in self:
             layer = "-" if row.layer is None else str(row.layer)
-            share = "-" if row.share is None else f"{row.share:.1%}"
-            cells.append((layer, row.method, row.path, share, row.cache, row.reason))
+            density = "-" if row.share is None else f"{row.share:.1%}"
+            cells.append((layer, row.method, row.path, density, row.cache, row.reason))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         cells.insert(1, tuple("-" * width for width in widths))
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
@@ -69,6 +69,6 @@ def explain(model: nn.Module) -> Report:
         if call is None:
             rows.append(Row(layer, "-", "not called", "", None, "-"))
         else:
-            what = (call.method, call.path, call.reason, call.share, call.cache)
+            what = (call.method, call.path, call.reason, call.density, call.cache)
             rows.append(Row(layer, *what, call.unmasked))
     return Report(rows)

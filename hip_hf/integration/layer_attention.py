@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hip_hf.attention import Result, attend
-from hip_hf.backends.keys_read import Count, all_keys, share_of
+from hip_hf.backends.keys_read import Count, all_keys, density_of
 from hip_hf.backends.tensors import merge
 from hip_hf.backends.torch import dense
 from hip_hf.cache.pages import rows_of
@@ -62,9 +62,9 @@ class Call:
         return Call(settings.method, result.path, result.reason, result.count, cache, unmasked)
 
     @property
-    def share(self) -> float:
-        """Of the visible keys, how many were read: counted here."""
-        return share_of(self.count)
+    def density(self) -> float:
+        """Return the fraction of the visible keys that were read. It is counted here."""
+        return density_of(self.count)
 
 
 def attend_layer(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hip_hf.state import Summaries
 
 
-class Bound:
+class BoundSelector:
     """A selection rule bound to the queries and keys of one span."""
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
@@ -63,7 +63,7 @@ class Selector:
     budget: int
     # whether `bind` and the pyramid may get `PagedKeys`; otherwise a cache in pages is gathered
     reads_pages = False
-    # whether what it binds is a `need.BoundByNeed`
+    # whether what it binds is a `need.BoundSelectorByNeed`
     asks_need = False
     # whether it works under context extension: `bind` then gets keys that are not rotated, and q
     # rotated as if all keys were just outside the window
@@ -86,7 +86,7 @@ class Selector:
         pyramid: Summaries | None,
         scale: float,
         softcap: float | None,
-    ) -> Bound:
+    ) -> BoundSelector:
         """q `[Hkv, G, rows, D]` and keys `[Hkv, T, D]` of one span; `pyramid` covers every query
         block's candidates."""
         raise NotImplementedError

@@ -93,7 +93,7 @@ class ColumnSelector(base.Selector):
 
 
 @dataclass(frozen=True)
-class Columns(base.Bound):
+class Columns(base.BoundSelector):
     """Scores of key blocks that hold for every query block: `scores` `[Hkv, S, T // block_k]`."""
 
     config: HiPConfig

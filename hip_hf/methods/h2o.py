@@ -94,7 +94,7 @@ class Selector(base.Selector):
         return HeavyHitters(self.config, q, keys, pyramid, scale, softcap)
 
 
-class HeavyHitters(base.Bound):
+class HeavyHitters(base.BoundSelector):
     def __init__(
         self,
         config: HiPConfig,
@@ -107,9 +107,10 @@ class HeavyHitters(base.Bound):
         self.config, self.q, self.keys, self.scale, self.softcap = config, q, keys, scale, softcap
         self.chosen: dict[int, Tensor] = {}  # by the query block's first position
         (heads, groups, rows, _), tokens = q.shape, keys.shape[1]
-        self.shares = 1 if config.group_shared else groups
+        self.masks_per_kv_head = 1 if config.group_shared else groups
         size = -(-tokens // config.block_k)
-        mass = torch.zeros(heads, self.shares, size, dtype=torch.float32, device=q.device)
+        shape = (heads, self.masks_per_kv_head, size)
+        mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
         if history.mass is not None:
             mass[..., : history.mass.shape[-1]] = history.mass
         span = Span(0, 0, tokens, 0, rows, tokens - rows)
@@ -125,7 +126,8 @@ class HeavyHitters(base.Bound):
         return torch.stack([self.chosen[block.first][heads] for block in blocks], dim=2)
 
     def _range(self, low: int, high: int) -> Tensor:
-        return torch.arange(low, high, device=self.q.device).expand(len(self.keys), self.shares, -1)
+        every = torch.arange(low, high, device=self.q.device)
+        return every.expand(len(self.keys), self.masks_per_kv_head, -1)
 
     def _keep(self, history: History, mass: Tensor, block: QueryBlock) -> Tensor:
         """The blocks that stay when the window moves on to where this query block has it,
@@ -153,7 +155,8 @@ class HeavyHitters(base.Bound):
         q, keys = self.q[:, :, rows], self.keys[heads, read]  # [Hkv, G, n, D], [Hkv, S, keys, D]
         position = rows - block.row + block.first
         attention = attention_to(q, keys, position, read, self.scale, self.softcap)
-        attention = attention.sum(2).unflatten(1, (self.shares, -1)).sum(2)  # [Hkv, S, keys]
+        # [Hkv, S, keys]
+        attention = attention.sum(2).unflatten(1, (self.masks_per_kv_head, -1)).sum(2)
         mass.scatter_add_(-1, read // size, attention.to(mass.dtype))
 
 

@@ -35,7 +35,7 @@ from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods import base
 from hip_hf.methods.need import (
-    BoundByNeed,
+    BoundSelectorByNeed,
     Options,
     Votes,
     asked_rows,
@@ -138,7 +138,7 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class TreeSearch(BoundByNeed):
+class TreeSearch(BoundSelectorByNeed):
     config: HiPConfig
     representative: Representative
     q: Tensor
@@ -184,9 +184,9 @@ class TreeSearch(BoundByNeed):
         config, device, (q, near, walking) = self.config, self.q.device, votes
         features = self.representative.features(q[:, :, :walking])
         near_walking = None if near is None else near[:, :, :walking]
-        shares = q.shape[1] // len(blocks)
-        low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
-        high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
+        masks_per_kv_head = q.shape[1] // len(blocks)
+        low = torch.tensor([b.low for b in blocks], device=device).repeat(masks_per_kv_head)  # [P]
+        high = torch.tensor([b.high for b in blocks], device=device).repeat(masks_per_kv_head)
 
         # Start: every query block meets the same tile of chunks, so this level is one matrix
         # product.
@@ -223,7 +223,7 @@ class TreeSearch(BoundByNeed):
             scores = self._exact(heads, q, ids, high, near)
             read_on(scores, ids, onward_of(config))
         ids = best(scores, ids, config.budget_blocks).sort(dim=-1).values
-        return ids.unflatten(1, (shares, len(blocks)))
+        return ids.unflatten(1, (masks_per_kv_head, len(blocks)))
 
     def _whole(
         self, heads: slice, blocks: list[QueryBlock], q: Tensor, near: Tensor | None

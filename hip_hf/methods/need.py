@@ -43,7 +43,7 @@ SPREAD = 2654435761
 ASKED = 2
 # Need is estimated from one key in so many, within limits that `sample` sets.
 SPACING = 64
-# Votes, what each finds near, and how many of them walk the tree (`BoundByNeed._votes`).
+# Votes, what each finds near, and how many of them walk the tree (`BoundSelectorByNeed._votes`).
 Votes = tuple[Tensor, Tensor | None, int]
 
 
@@ -142,7 +142,7 @@ def highest(q: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
     return most
 
 
-class BoundByNeed(base.Bound):
+class BoundSelectorByNeed(base.BoundSelector):
     """A rule that weighs how much each row attends to what it always reads."""
 
     config: HiPConfig
@@ -153,7 +153,7 @@ class BoundByNeed(base.Bound):
     softcap: float | None
 
     def select(self, heads: slice, blocks: list[QueryBlock], near: Tensor | None = None) -> Tensor:
-        """As `Bound.select` says."""
+        """As `BoundSelector.select` says."""
         raise NotImplementedError
 
     def _votes(

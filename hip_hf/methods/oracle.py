@@ -35,7 +35,7 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class Exhaustive(base.Bound):
+class Exhaustive(base.BoundSelector):
     config: HiPConfig
     q: Tensor
     keys: Tensor
@@ -44,14 +44,14 @@ class Exhaustive(base.Bound):
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         config, parts, groups = self.config, [], self.q.shape[1]
-        shares = 1 if config.group_shared else groups
+        masks_per_kv_head = 1 if config.group_shared else groups
         for block in blocks:
             q = self.q[heads, :, rows_of_blocks([block])].flatten(1, 2)  # [H, G * n, D]
             keys = self.keys[heads, : block.last + 1]
             at = torch.arange(block.last + 1, device=q.device)
             rows = at[block.first :].repeat(groups)
             attention = attention_to(q, keys, rows, at, self.scale, self.softcap)
-            mass = attention.unflatten(1, (shares, -1)).sum(2)  # [H, S, keys]
+            mass = attention.unflatten(1, (masks_per_kv_head, -1)).sum(2)  # [H, S, keys]
             searched = mass[..., block.low * config.block_k : block.high * config.block_k]
             scores = searched.unflatten(-1, (-1, config.block_k)).sum(-1)
             ids = torch.arange(block.low, block.high, device=q.device).expand(scores.shape)

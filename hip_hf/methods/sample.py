@@ -42,13 +42,13 @@ class Selector(ColumnSelector):
     def bind(
         self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> Columns:
-        shares = 1 if self.config.group_shared else q.shape[1]
+        masks_per_kv_head = 1 if self.config.group_shared else q.shape[1]
         columns = torch.zeros(
-            len(keys), shares, keys.shape[1], dtype=torch.float32, device=q.device
+            len(keys), masks_per_kv_head, keys.shape[1], dtype=torch.float32, device=q.device
         )
 
         def take(head: int, rows: Tensor, attention: Tensor) -> None:
-            mass = attention.sum(1).unflatten(0, (shares, -1)).sum(1)
+            mass = attention.sum(1).unflatten(0, (masks_per_kv_head, -1)).sum(1)
             columns[head, :, : attention.shape[-1]] += mass
 
         probe(q, keys, self.looked_at(q.shape[2], q.device), scale, softcap, take)

@@ -154,7 +154,7 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class StagedSearch(base.Bound):
+class StagedSearch(base.BoundSelector):
     config: HiPConfig
     stages: list[Stage]
     halvings: int | None
@@ -185,9 +185,9 @@ class StagedSearch(base.Bound):
         out), given what the first `len(kept)` of them have kept before. The blocks have as many
         rows and begin with the same stage."""
         device, block_k = self.q.device, self.config.block_k
-        shares = 1 if self.config.group_shared else self.q.shape[1]
-        low = torch.tensor([block.low for block in blocks], device=device).repeat(shares)  # [P]
-        high = torch.tensor([block.high for block in blocks], device=device).repeat(shares)
+        masks_per_kv_head = 1 if self.config.group_shared else self.q.shape[1]
+        low = torch.tensor([b.low for b in blocks], device=device).repeat(masks_per_kv_head)  # [P]
+        high = torch.tensor([b.high for b in blocks], device=device).repeat(masks_per_kv_head)
         begin = first_stage(self.stages, block_k, blocks[0].low, blocks[0].high)
         results = list(kept)
         for i in range(len(kept), len(self.stages)):
@@ -210,7 +210,7 @@ class StagedSearch(base.Bound):
             scores = self._score(heads, blocks, stage, ids, missing, end)
             ids = ids.masked_fill(missing, NO_CHUNK)
             ids = best(scores, ids, stage.keep // stage.chunk).sort(dim=-1).values
-            results.append(ids.unflatten(1, (shares, len(blocks))))
+            results.append(ids.unflatten(1, (masks_per_kv_head, len(blocks))))
         return results
 
     def _rows(self, heads: slice, blocks: list[QueryBlock], stride: int) -> Tensor:

@@ -49,17 +49,17 @@ class Selector(base.Selector):
 
 
 @dataclass(frozen=True)
-class Latest(base.Bound):
+class Latest(base.BoundSelector):
     """The last `budget` candidates of every query block."""
 
-    shares: int
+    masks_per_kv_head: int
     budget: int
     device: torch.device
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         high = torch.tensor([[block.high] for block in blocks], device=self.device)
         ids = high - torch.arange(self.budget, 0, -1, device=self.device)
-        return ids.expand(heads.stop - heads.start, self.shares, -1, -1)
+        return ids.expand(heads.stop - heads.start, self.masks_per_kv_head, -1, -1)
 
 
 RECENT = {"options": {"recent": True}}

@@ -47,12 +47,13 @@ class Selector(ColumnSelector):
     def bind(
         self, q: Tensor, keys: Tensor, pyramid: object, scale: float, softcap: float | None
     ) -> VerticalSlash:
-        shares, tokens = 1 if self.config.group_shared else q.shape[1], keys.shape[1]
-        columns = torch.zeros(len(keys), shares, tokens, dtype=torch.float32, device=q.device)
-        diagonals = torch.zeros(len(keys), shares, tokens, dtype=torch.float64, device=q.device)
+        masks_per_kv_head, tokens = 1 if self.config.group_shared else q.shape[1], keys.shape[1]
+        shape = (len(keys), masks_per_kv_head, tokens)
+        columns = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        diagonals = torch.zeros(shape, dtype=torch.float64, device=q.device)
 
         def take(head: int, rows: Tensor, attention: Tensor) -> None:
-            attention = attention.unflatten(0, (shares, -1)).sum(1)  # [S, n, T]
+            attention = attention.unflatten(0, (masks_per_kv_head, -1)).sum(1)  # [S, n, T]
             columns[head, :, : attention.shape[-1]] += attention.sum(1)
             for i, row in enumerate(rows.tolist()):
                 seen = tokens - q.shape[2] + row + 1

@@ -83,8 +83,8 @@ def test_a_sequence_is_computed_as_it_is_alone(fields: dict[str, Any], side: str
                     together.mask.indices[span.batch, :, :blocks], single.mask.indices[0]
                 )
         visible = sum(range(span.position + 1, span.end + 1))
-        read, seen = read + single.share * visible, seen + visible
-    assert together.share == pytest.approx(read / seen)
+        read, seen = read + single.density * visible, seen + visible
+    assert together.density == pytest.approx(read / seen)
     # padding: no row, no key
     inside = torch.zeros(len(LENGTHS), WIDTH, dtype=torch.bool)
     for span in problem.spans:

@@ -64,7 +64,7 @@ def test_the_formula(tokens: int, rows: int, start: int, gamma: int, method: str
     real = slice(max(0, start - (tokens - rows)), None)
     assert_near(got.out[:, :, real], out[:, :, real], 1e-12)
     assert_near(got.lse[:, :, real], lse[:, :, real], 1e-12, "lse")
-    assert 0 < got.share <= 1
+    assert 0 < got.density <= 1
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dense"}))
@@ -77,7 +77,7 @@ def test_gamma_1_is_dense(method: str, mode: str, fields: dict[str, Any]) -> Non
     config, state = small(method=method, options=options, delta=1, delta_mode="step"), DecodeState()
     got = attend(make_problem(*tensors, [0, 21], **given), config, None, state, need_lse=True)
     out, lse = eager(*tensors, causal(2, 203, 203, [0, 21]), **given)
-    assert got.share == 1
+    assert got.density == 1
     assert_near(got.out, out)
     assert_near(got.lse, lse, what="lse")
 
@@ -127,10 +127,10 @@ def test_a_cropped_cache_forgets_the_correction() -> None:
         problem = make_problem(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1])
         return attend(problem, config, None, state)
 
-    assert step(90).share == 1  # the first row of its group since the prefill: dense
-    assert step(91).share < 1
+    assert step(90).density == 1  # the first row of its group since the prefill: dense
+    assert step(91).density < 1
     state.crop(91)
-    assert step(91).share == 1
+    assert step(91).density == 1
     state.reorder([0, 0])
     assert state.rows[1].correction is state.rows[0].correction is not None
 

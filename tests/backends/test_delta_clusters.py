@@ -166,7 +166,7 @@ def test_the_formulas(
         }
     tail = max(gamma, settings.dense_tail)
     fewer = sum(n for p, n in missed.items() if p % gamma and p < span.end - tail)
-    assert got.share == pytest.approx(1 - (1 - plain.share) * fewer / sum(missed.values()))
+    assert got.density == pytest.approx(1 - (1 - plain.density) * fewer / sum(missed.values()))
     out, lse = written_down(q, k, v, settings, start, **given)
     real = slice(max(0, start - (tokens - rows)), None)
     assert_near(got.out[:, :, real], out[:, :, real], 1e-9)
@@ -236,7 +236,7 @@ def test_decode_goes_on_as_prefill_would(threads: Any) -> None:
         )
         assert_near(got.out, whole.out[:, :, at : at + 1], 1e-12)
         assert_near(got.lse, whole.lse[:, :, at : at + 1], 1e-12, "lse")
-        assert got.share < 1
+        assert got.density < 1
 
 
 def test_steps_between_refreshes_are_corrected(threads: Any) -> None:

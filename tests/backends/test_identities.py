@@ -63,7 +63,7 @@ def test_a_covering_budget_is_dense_attention(tokens: int, dtype: torch.dtype) -
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert_near(got.out, out, tolerance)
     assert_near(got.lse, lse, tolerance, "lse")
-    assert got.share == 1
+    assert got.density == 1
 
 
 @pytest.mark.parametrize("tokens", [17, 65, 333])

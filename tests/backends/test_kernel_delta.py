@@ -139,7 +139,7 @@ def test_a_step_at_an_anchor_is_dense() -> None:
     config, state = small(backend="triton", delta=8), DecodeState()
     call(q[:, :, :88], k[:, :, :88], v[:, :, :88], config, state)
     got = call(q[:, :, 88:89], k[:, :, :89], v[:, :, :89], config, state)
-    assert got.share == 1
+    assert got.density == 1
     assert_near(
         got.out.cpu(), eager(q[:, :, 88:89], k[:, :, :89], v[:, :, :89], causal(1, 1, 89))[0]
     )

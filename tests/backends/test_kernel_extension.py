@@ -13,7 +13,7 @@ from families import make_batch, make_model
 from helpers import assert_near, make_problem, make_qkv, small
 from interpreter import DEVICE
 from kernel_cases import Case, make_case, precisions, spans_of
-from placed import EXTENDED, positions
+from with_rope import EXTENDED, positions
 
 import hip_hf
 from hip_hf.attention import attend

@@ -12,8 +12,8 @@ import torch
 from helpers import assert_near, small
 from interpreter import DEVICE
 from kernel_cases import precisions
-from placed import positions
 from selection_cases import Case, whole
+from with_rope import positions
 
 from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel, votes_of
 from hip_hf.backends.triton.selection.voting import Voting

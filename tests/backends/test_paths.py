@@ -64,7 +64,7 @@ def call(
 )
 def test_reasons_to_be_dense(arguments: dict, reason: str) -> None:
     result = call(**arguments)
-    assert (result.path, result.reason, result.share, result.unsupported) == (
+    assert (result.path, result.reason, result.density, result.unsupported) == (
         "dense",
         reason,
         1.0,
@@ -274,36 +274,36 @@ def test_sinks_that_ask_for_gradients_do_not_disturb_inference() -> None:
         (dict(sink=300), 200, [0, 40]),
     ],
 )
-def test_share_is_the_true_share(fields: dict, rows: int, starts: Any) -> None:
-    said, true = shares(small(**fields), rows, starts)
+def test_density_is_the_true_density(fields: dict, rows: int, starts: Any) -> None:
+    said, true = densities(small(**fields), rows, starts)
     assert said == pytest.approx(true, abs=1e-12)
 
 
 @pytest.mark.parametrize("dense_tail", [1, 7, 25])
-def test_share_where_the_dense_tail_cuts_a_query_block(dense_tail: int) -> None:
+def test_density_where_the_dense_tail_cuts_a_query_block(dense_tail: int) -> None:
     """Counted by query block, hence a little off."""
-    said, true = shares(small(dense_tail=dense_tail), 200, None)
+    said, true = densities(small(dense_tail=dense_tail), 200, None)
     assert said == pytest.approx(true, abs=0.005)
 
 
 @pytest.mark.parametrize("sliding", [40, 90, 150])
-def test_share_within_a_sliding_window_is_an_upper_bound(sliding: int) -> None:
+def test_density_within_a_sliding_window_is_an_upper_bound(sliding: int) -> None:
     """Which of the selected keys have left a row's window is not looked at."""
-    said, true = shares(small(), 200, [0, 40], sliding)
+    said, true = densities(small(), 200, [0, 40], sliding)
     assert true <= said <= true + 0.15
 
 
-def shares(
+def densities(
     config: HiPConfig, rows: int, starts: Any, sliding: int | None = None
 ) -> tuple[float, float]:
-    """The share of the visible keys that a call says it read, and the one it read."""
+    """The density that a call says it had, and the one that it had."""
     q, k, v = make_qkv(200, rows, batch=2)
     result = sparse(q, k, v, config, starts, sliding_window=sliding)
     read = read_mask(result.mask, config, q, k, starts, sliding=sliding)[
         :, ::2
     ]  # heads of a group read alike
     visible = causal(2, rows, 200, starts, sliding=sliding).expand_as(read)
-    return result.share, int(read.sum()) / int(visible.sum())
+    return result.density, int(read.sum()) / int(visible.sum())
 
 
 @pytest.mark.parametrize("sliding", [None, 1, 5, 20, 100])

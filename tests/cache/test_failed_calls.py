@@ -107,7 +107,7 @@ def exhaust(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     attend = layer_attention.attend
     monkeypatch.setattr(layer_attention, "attend", exhausted)
     monkeypatch.setattr(decode_fast_path, "attend", exhausted)
-    monkeypatch.setattr(decode_fast_path, "gathered_rows", lambda *args: None)
+    monkeypatch.setattr(decode_fast_path, "buffered_rows", lambda *args: None)
 
 
 @pytest.mark.parametrize("name", EARLY)

@@ -97,7 +97,7 @@ class Sequence:
         )
         shape = Shape(**{**vars(old), **sizes})
         assert (told.path, told.reason) == (paged.path, paged.reason)
-        assert told.share == paged.share
+        assert told.density == paged.density
         visible = shape.visible()
         if told.path == "sparse" and not covers(config, shape.tokens):
             if not selected_alone(config):

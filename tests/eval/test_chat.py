@@ -289,8 +289,8 @@ def test_the_line_below_an_answer_is_right() -> None:
     model = word_model()
     one = talk(model)
     turn = one.ask(QUESTIONS[0], NEW)
-    shares = [row.share for row in explain(model)]  # of the last step
-    assert turn.keys_read == pytest.approx(fmean(shares))
+    densities = [row.share for row in explain(model)]  # of the last step
+    assert turn.keys_read == pytest.approx(fmean(densities))
     assert 0.1 < turn.keys_read < 0.9
     assert 0 < turn.first_token_s < turn.seconds
     assert turn.tokens_per_s == pytest.approx(

@@ -44,7 +44,7 @@ def assert_instrumented(
         result = attend(problem, config)
     heads = problem.q.shape[1]
     assert counter.get_total_flops() == heads * (cost.selection + cost.attention + hidden)
-    assert cost.read / cost.visible == pytest.approx(result.share)
+    assert cost.read / cost.visible == pytest.approx(result.density)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ class Even:
         return None
 
     def bind(self, q: torch.Tensor, *rest: Any) -> Even:
-        self.shares = 1 if self.config.group_shared else q.shape[1]
+        self.masks_per_kv_head = 1 if self.config.group_shared else q.shape[1]
         return self
 
     def select(self, heads: slice, blocks: list[Any]) -> torch.Tensor:
@@ -264,7 +264,7 @@ class Even:
             torch.arange(self.budget) * block.num_candidates // self.budget + block.low
             for block in blocks
         ]
-        return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
+        return torch.stack(ids).expand(heads.stop - heads.start, self.masks_per_kv_head, -1, -1)
 
     def cost(self, block: Any, dim: int) -> tuple[int, int]:
         return 7 * dim, dim

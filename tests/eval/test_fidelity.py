@@ -142,7 +142,7 @@ def test_costs_of_a_prompt() -> None:
         block_cost(config, block, 16, 16) for block in query_blocks(config, problem.spans[0], False)
     )
     assert (cost.rows, cost.visible, cost.dense) == (500, 500 * 501 // 2, 500 * 501 // 2 * 64)
-    assert cost.read / cost.visible == pytest.approx(attend(problem, config).share)
+    assert cost.read / cost.visible == pytest.approx(attend(problem, config).density)
     assert cost.attention == cost.read * 64
     assert cost.share == (cost.attention + cost.selection) / cost.dense
 

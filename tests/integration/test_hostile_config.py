@@ -192,9 +192,9 @@ def test_a_selection_that_serves_for_ever_grows_with_the_steps_alone() -> None:
                 )
             )
         found.append(torch.cat(outs, 2))
-        gathered = state.rows[0].gathered
-        assert gathered.count > tokens > settings["budget"] + settings["sink"] + settings["window"]
-        assert gathered.k.shape[1] <= 2 * gathered.count
+        buffer = state.rows[0].decode_buffer
+        assert buffer.count > tokens > settings["budget"] + settings["sink"] + settings["window"]
+        assert buffer.k.shape[1] <= 2 * buffer.count
     assert torch.equal(*found)
 
 

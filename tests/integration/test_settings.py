@@ -62,15 +62,15 @@ def test_a_failed_configure_changes_nothing(fields, message):
 def test_a_change_takes_effect_at_the_next_call():
     model = make_model("llama")
     ids = make_batch([300])["input_ids"]
-    shares = []
+    densities = []
     with torch.no_grad():
         for budget in (32, 128):
             hip_hf.configure(model, budget=budget)
             model(ids)
-            shares.append(hip_hf.explain(model)[0].share)
+            densities.append(hip_hf.explain(model)[0].share)
         model.config.hip["dense_layers"] = 1  # changed in place, without configure
         model(ids)
-    assert shares[0] < shares[1] < 1
+    assert densities[0] < densities[1] < 1
     assert [row.path for row in hip_hf.explain(model)] == ["dense", "sparse"]
 
 

@@ -46,7 +46,12 @@ def reference(
                     slice(one * size, (one + 1) * size),
                     piece.positions(head.start, 0, 0),
                 )
-    return [grads.q, grads.k, grads.v, *([grads.sinks()] if problem.sinks is not None else [])]
+    return [
+        grads.q,
+        grads.k,
+        grads.v,
+        *([grads.sink_logits()] if problem.sinks is not None else []),
+    ]
 
 
 def plain(

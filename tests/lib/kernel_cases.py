@@ -318,7 +318,7 @@ def assert_same(got: Result, want: Result, near: float) -> None:
     assert got.lse is not None
     assert want.lse is not None
     assert_near(got.lse.cpu(), want.lse, near, "lse")
-    assert got.share == want.share
+    assert got.density == want.density
 
 
 def assert_half_precision(triton: HiPConfig, torch_backend: HiPConfig) -> None:

@@ -54,15 +54,15 @@ class Selector(base.Selector):
         return 7 * dim, dim
 
 
-class Spread(base.Bound):
-    def __init__(self, config, shares, device):
-        self.config, self.shares, self.device = config, shares, device
+class Spread(base.BoundSelector):
+    def __init__(self, config, masks_per_kv_head, device):
+        self.config, self.masks_per_kv_head, self.device = config, masks_per_kv_head, device
 
     def select(self, heads, blocks):
         count = self.config.budget_blocks
         spread = torch.arange(count, device=self.device)
         ids = [spread * block.num_candidates // count + block.low for block in blocks]
-        return torch.stack(ids).expand(heads.stop - heads.start, self.shares, -1, -1)
+        return torch.stack(ids).expand(heads.stop - heads.start, self.masks_per_kv_head, -1, -1)
 
 
 METHOD = base.Method(
@@ -112,14 +112,14 @@ def reads_everything_where_the_budget_covers(method: str) -> None:
     out, lse = eager(*tensors, causal(1, 203, 203))
     assert_near(got.out, out)
     assert_near(got.lse, lse, what="lse")
-    assert got.share == 1
+    assert got.density == 1
 
 
 def reads_what_it_selects(method: str) -> None:
     config, tensors = small(method=method), make_qkv(203)
     got = sparse(*tensors, config)
     assert_near(got.out, eager(*tensors, read_mask(got.mask, config, *tensors[:2]))[0])
-    assert got.share < 0.8
+    assert got.density < 0.8
 
 
 def test_settings(spread: str) -> None:

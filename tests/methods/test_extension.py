@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_near, eager, make_problem, make_qkv, read_mask, small, sparse
-from placed import DIM, EXTENDED, check_selection, positions, product
+from with_rope import DIM, EXTENDED, check_selection, positions, product
 
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.attention import attend

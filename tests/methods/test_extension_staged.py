@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import make_qkv, small
-from placed import DIM, EXTENDED, positions, turned
 from staged_by_hand import Written
 from tree_cases import layout, selected
+from with_rope import DIM, EXTENDED, positions, turned
 
 from hip_hf import hip_attention
 from hip_hf.rope import Positions

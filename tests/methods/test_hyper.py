@@ -167,11 +167,11 @@ def test_why_it_goes_dense() -> None:
     assert attend(make_problem(q, k, v, sliding_window=200), config_of()).path == "sparse"
 
 
-def test_share_is_what_the_weights_read() -> None:
+def test_density_is_what_the_weights_read() -> None:
     q, k, v = make_qkv(200, heads=1, groups=1)
     config = config_of()
     read = (weights(q, k, config) > 0).sum()
-    assert attend(make_problem(q, k, v), config).share == pytest.approx(
+    assert attend(make_problem(q, k, v), config).density == pytest.approx(
         float(read) / (200 * 201 / 2), rel=0.02
     )
 
@@ -182,7 +182,7 @@ def test_dense_tail(tail: int) -> None:
     config = small(method="hyper", options=OPTIONS, dense_tail=tail)
     got = attend(make_problem(*tensors), config)
     assert_near(got.out[:, :, -tail:], eager(*tensors, causal(1, 200, 200))[0][:, :, -tail:])
-    assert (got.share == 1) == (tail == 200)
+    assert (got.density == 1) == (tail == 200)
 
 
 def test_the_registered_name() -> None:

@@ -192,7 +192,7 @@ def test_sparse_is_plain_attention_under_its_mask(
     read = causal(2, rows, 203, starts, sliding=sliding)
     if got.mask is not None:
         read = read_mask(got.mask, config, *tensors[:2], starts, sliding=sliding)
-        assert got.share < 0.8 or sliding
+        assert got.density < 0.8 or sliding
     out, lse = eager(
         *tensors,
         read,
@@ -214,7 +214,7 @@ def test_a_left_padded_row_gives_what_it_gives_alone(case: Case, rows: int) -> N
     )
     assert_near(got.out[1:, :, -own:], alone.out, 1e-12)
     assert_near(got.lse[1:, :, -own:], alone.lse, 1e-12, "lse")
-    assert got.share < 1 or got.path == "dense"
+    assert got.density < 1 or got.path == "dense"
 
 
 @every
@@ -263,7 +263,7 @@ def test_decode(case: Case, refresh: int) -> None:
             elif case.masked and refresh == 1:
                 assert got.mask is not None
                 read = read_mask(got.mask, config, *row[:2], [0, 13])
-                assert got.share < 0.9
+                assert got.density < 0.9
             else:
                 continue
             out, lse = eager(*row, read)

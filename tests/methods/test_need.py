@@ -23,8 +23,8 @@ from helpers import (
     small,
     sparse,
 )
-from placed import EXTENDED, near_at_streaming_places, positions
 from tree_cases import expected, layout, selected
+from with_rope import EXTENDED, near_at_streaming_places, positions
 
 from hip_hf import workers
 from hip_hf.attention import Result, attend
@@ -136,12 +136,12 @@ def test_those_vote_who_need_most(
     for firsts, votes, _ in seen:
         for i, first in enumerate(firsts):
             head = times[first] = times.get(first, -1) + 1
-            for share in range(votes.shape[1] // len(firsts)):
-                got[head, share, first] = votes[0, share * len(firsts) + i]
+            for mask in range(votes.shape[1] // len(firsts)):
+                got[head, mask, first] = votes[0, mask * len(firsts) + i]
     differs = False
     for head in range(2):
-        for share in range(1 if group_shared else 3):
-            heads = range(3 * head, 3 * head + 3) if group_shared else [3 * head + share]
+        for mask in range(1 if group_shared else 3):
+            heads = range(3 * head, 3 * head + 3) if group_shared else [3 * head + mask]
             for block, low, high in layout(config, 75, 331):
                 at = [(block[row], h) for row in brute.asked(config, len(block)) for h in heads]
                 rows = torch.stack([q[0, h, p - 256] for p, h in at]) / 4
@@ -158,7 +158,7 @@ def test_those_vote_who_need_most(
                 )
                 walking = brute.walkers(config, count) if count < len(at) else count
                 placed = sorted(by_some[:walking]) + sorted(by_some[walking:])
-                assert torch.equal(got[head, share, block[0]], rows[placed]), (head, share, block)
+                assert torch.equal(got[head, mask, block[0]], rows[placed]), (head, mask, block)
                 differs |= set(by_all) != set(by_some)
     assert differs != exact
 

@@ -13,8 +13,8 @@ import brute
 import pytest
 import torch
 from helpers import assert_near, make_qkv, small
-from placed import check_selection, positions
 from tree_cases import check, selected
+from with_rope import check_selection, positions
 
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span, query_blocks

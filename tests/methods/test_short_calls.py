@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_near, make_problem, make_qkv, small, sparse
-from placed import positions
 from transformers import PreTrainedConfig
+from with_rope import positions
 
 from hip_hf import HiPCache
 from hip_hf.attention import attend

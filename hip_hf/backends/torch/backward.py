@@ -48,7 +48,7 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        sinks: Tensor | None,
+        sink_logits: Tensor | None,
         problem: AttentionProblem,
         compute: Callable[[], None],
         out: Tensor,
@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
         # of their own: autograd must not take them for inputs
         out, lse = out.view_as(out), lse.view_as(lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.save_for_backward(q, k, v, sink_logits, out, lse)
         ctx.pieces, ctx.spans = pieces, problem.spans
         ctx.logits = (problem.scale, problem.sliding_window, problem.softcap)
         return out, lse
@@ -68,16 +68,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Gradient, grad_lse: Gradient) -> tuple[Gradient, ...]:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sink_logits, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         scale, sliding_window, softcap = ctx.logits
-        problem = AttentionProblem(q, k, v, ctx.spans, scale, sliding_window, softcap, sinks)
+        problem = AttentionProblem(q, k, v, ctx.spans, scale, sliding_window, softcap, sink_logits)
         grads = Gradients(problem, out, lse, grad_out, grad_lse)
         run(lambda head: grads.add(ctx.pieces, head), range(k.shape[1]), q.device)
         need = ctx.needs_input_grad
         summed = zip(need, (grads.q, grads.k, grads.v), strict=False)
         found = [x.to(q.dtype) if asked else None for asked, x in summed]
-        return *found, grads.sinks().to(sinks.dtype) if need[3] else None, *[None] * 5
+        return *found, grads.sink_logits().to(sink_logits.dtype) if need[3] else None, *[None] * 5
 
 
 def _place(piece: Piece) -> tuple[int, ...]:
@@ -105,14 +105,14 @@ class Gradients:
             torch.zeros_like(x, dtype=lse.dtype) for x in (problem.q, problem.k, problem.v)
         )
 
-    def sinks(self) -> Tensor:
+    def sink_logits(self) -> Tensor:
         """Gradient of the sink logits `[Hq]`: each has a weight, and a value of zero."""
         assert self.problem.sinks is not None
         total = torch.zeros_like(self.problem.sinks, dtype=self.lse.dtype)
         for span in self.problem.spans:
             rows = slice(span.row_start, span.row_end)
-            sinks = self.problem.sinks.to(total.dtype)[:, None]
-            weights = torch.exp(sinks - self.lse[span.batch, :, rows])
+            sink_logits = self.problem.sinks.to(total.dtype)[:, None]
+            weights = torch.exp(sink_logits - self.lse[span.batch, :, rows])
             total -= (weights * self.mean[span.batch, :, rows]).sum(-1)
         return total
 
@@ -122,12 +122,12 @@ class Gradients:
         for piece in pieces:
             if not piece.heads.start <= head < piece.heads.stop:
                 continue
-            shares = 1 if piece.ids is None else piece.ids.shape[1]
-            for share in range(shares):
-                first = head * groups + share
-                heads = slice(first, first + groups // shares)
+            masks_per_kv_head = 1 if piece.ids is None else piece.ids.shape[1]
+            for mask in range(masks_per_kv_head):
+                first = head * groups + mask
+                heads = slice(first, first + groups // masks_per_kv_head)
                 for i, block in enumerate(piece.blocks):
-                    self._add(piece, block, head, heads, piece.positions(head, share, i))
+                    self._add(piece, block, head, heads, piece.positions(head, mask, i))
 
     def _add(
         self, piece: Piece, block: QueryBlock, head: int, heads: slice, positions: Tensor

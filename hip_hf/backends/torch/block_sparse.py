@@ -195,7 +195,7 @@ def attend(
     at = 0
     for _, same in groupby(blocks, key=alike):
         run = list(same)
-        need_lse = t.lse is not None or t.sinks is not None
+        need_lse = t.lse is not None or t.sink_logits is not None
         some = ids[:, at : at + len(run)]
         known_some = None if known is None else known[at : at + len(run)]
         found = partial(t, run, some, block_k, need_lse, known=known_some)
@@ -323,7 +323,7 @@ def _attend_tile(
         position = torch.arange(first, end, device=query.device)[None]
         _mask_sliding(by_row, position, block.first, t.sliding_window)
     out = scratch.take("out", (lanes, groups * n, v.shape[-1]), k)
-    lse = weigh_values(logits, v, out, t.lse is not None or t.sinks is not None or merge)
+    lse = weigh_values(logits, v, out, t.lse is not None or t.sink_logits is not None or merge)
     out = out.view(lanes, groups, n, -1)
     if lse is None:
         return out, None
@@ -333,19 +333,19 @@ def _attend_tile(
 def store(t: Tensors, rows: slice, out: Tensor, lse: Tensor | None) -> None:
     """Write out `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` of query rows; sinks are
     an extra logit, which scales the output by `sigmoid(lse - sink)`."""
-    if t.sinks is not None:
+    if t.sink_logits is not None:
         assert lse is not None
-        add_sinks(out, lse, t.sinks)
+        add_sink_logits(out, lse, t.sink_logits)
     t.out[:, :, rows] = out
     if t.lse is not None:
         assert lse is not None
         t.lse[:, :, rows] = lse
 
 
-def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
-    """Let the extra logits `sinks` `[Hkv, G]` take part in a softmax: changes out `[Hkv, G, n, Dv]`
-    and lse `[Hkv, G, n]`."""
-    sink = sinks[..., None].to(lse.dtype)
+def add_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> None:
+    """Let the extra logits `sink_logits` `[Hkv, G]` take part in a softmax: changes out
+    `[Hkv, G, n, Dv]` and lse `[Hkv, G, n]`."""
+    sink = sink_logits[..., None].to(lse.dtype)
     out.mul_(torch.sigmoid(lse - sink)[..., None])
     torch.logaddexp(lse, sink, out=lse)
 

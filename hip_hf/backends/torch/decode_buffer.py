@@ -18,7 +18,7 @@ from torch import Tensor
 from hip_hf.backends.base import Result
 from hip_hf.backends.keys_read import known
 from hip_hf.backends.tensors import Tensors
-from hip_hf.backends.torch.block_sparse import add_sinks, weigh_values
+from hip_hf.backends.torch.block_sparse import add_sink_logits, weigh_values
 from hip_hf.cache.pages import pick, rows_of
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods.ranking import squash
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 GROWTH = 8
 
 
-class Gathered:
+class DecodeBuffer:
     """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first
     `count` rows are keys and values of selected blocks, sink and window, in this order, values
-    behind them are zero. Under context extension keys are turned to their places, those of the
-    selected blocks between sink and window. A step's
-    own key comes with its `attend`. What other modules call is `GatheredRows` of `state.py`."""
+    behind them are zero. Under context extension keys are rotated to their places, those of the
+    selected blocks between sink and window. A step's own key comes with its `attend`. What other
+    modules call is `StepBuffer` of `state.py`."""
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
@@ -107,7 +107,7 @@ class Gathered:
         q: Tensor,
         key: Tensor,
         value: Tensor,
-        sinks: Tensor | None,
+        sink_logits: Tensor | None,
         problem: AttentionProblem,
         need_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -131,19 +131,19 @@ class Gathered:
         if rows > self.count:
             logits[..., self.count :] = -torch.inf
         out = logits.new_empty(*logits.shape[:2], v.shape[-1])
-        lse = weigh_values(logits, v, out, need_lse or sinks is not None)
+        lse = weigh_values(logits, v, out, need_lse or sink_logits is not None)
         out, lse = out[:, :, None], None if lse is None else lse[..., None]
-        if sinks is not None:
+        if sink_logits is not None:
             assert lse is not None
-            add_sinks(out, lse, sinks)
+            add_sink_logits(out, lse, sink_logits)
         return out, lse
 
 
-def gathered_rows(
+def buffered_rows(
     problem: AttentionProblem, config: HiPConfig, state: DecodeState
 ) -> list[RowState] | None:
     """Return what is kept of each span's row for a decode step that selects nothing and whose keys
-    are all gathered but its own, as in most steps. Return None for any other call."""
+    are all in its buffer but its own, as in most steps. Return None for any other call."""
     if problem.q.shape[2] > 1 or not problem.spans or problem.sliding_window is not None:
         return None
     if problem.needs_grad or not state.bound(config, problem.k):
@@ -151,11 +151,11 @@ def gathered_rows(
     rows = []
     for span in problem.spans:
         row = state.rows.get(span.batch)
-        if row is None or row.gathered is None:
+        if row is None or row.decode_buffer is None:
             return None
         if (row.key_start, row.position) != (span.key_start, span.position):
             return None
-        if not row.gathered.serves(row.selection, span.position):
+        if not row.decode_buffer.serves(row.selection, span.position):
             return None
         rows.append(row)
     return rows
@@ -180,19 +180,21 @@ def attend_next(
     gathered in `rows`, one for each span: into out `[B, Hq, 1, Dv]` and lse `[B, Hq, 1]`."""
     heads = (problem.k.shape[1], problem.groups)
     q, outs = problem.q.unflatten(1, heads), out.unflatten(1, heads)
-    sinks = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
+    sink_logits = None if problem.sinks is None else problem.sinks.unflatten(0, heads)
     read = visible = 0
     try:
         for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
             b, need_lse = span.batch, lse is not None
-            assert row.gathered is not None
-            outs[b], total = row.gathered.attend(q[b], key, value, sinks, problem, need_lse)
+            assert row.decode_buffer is not None
+            outs[b], total = row.decode_buffer.attend(
+                q[b], key, value, sink_logits, problem, need_lse
+            )
             if lse is not None and total is not None:
                 lse[b] = total.flatten(0, 1)
             row.position = span.end
-            read, visible = read + row.gathered.count, visible + span.end
+            read, visible = read + row.decode_buffer.count, visible + span.end
     except BaseException:  # also an interrupt: who knows how far a row has come
         for row in rows:
-            row.gathered = None
+            row.decode_buffer = None
         raise
     return Result(out, lse, None, "sparse", "", partial(known, read, visible))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
-from hip_hf.backends.torch.block_sparse import add_sinks, exponentiate
+from hip_hf.backends.torch.block_sparse import add_sink_logits, exponentiate
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, run, scratch
 
@@ -99,6 +99,6 @@ def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[Tensor,
 
     tasks = [(head, low) for low in range(0, len(at), step) for head in range(heads)]
     run(attend, tasks, t.q.device)
-    if t.sinks is not None:
-        add_sinks(out, lse, t.sinks)
+    if t.sink_logits is not None:
+        add_sink_logits(out, lse, t.sink_logits)
     return out, lse

@@ -18,7 +18,7 @@ from torch import Tensor
 from hip_hf.backends.hyper import HyperCall
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.block_sparse import add_sinks
+from hip_hf.backends.torch.block_sparse import add_sink_logits
 from hip_hf.backends.torch.dense_rows import attend_exact, rows_at_once, weigh
 from hip_hf.geometry import Span
 from hip_hf.methods.hyper import (
@@ -73,7 +73,7 @@ class HyperAttention(HyperCall):
         shape = (*t.q.shape[:3], t.v.shape[-1])
         out = t.out if t.out.dtype == dtype else torch.zeros(shape, dtype=dtype, device=t.q.device)
         lse = t.lse if t.lse is not None else torch.zeros(shape[:3], dtype=dtype, device=t.q.device)
-        parts = replace(t, out=out, lse=lse, sinks=None)
+        parts = replace(t, out=out, lse=lse, sink_logits=None)
         leaves, levels = split(span.position, span.end, self.options.min_seq_len)
         run(lambda task: attend_leaf(parts, span, *task), leaf_tasks(parts, leaves), t.q.device)
         if levels:
@@ -83,8 +83,8 @@ class HyperAttention(HyperCall):
         for level in levels:
             tasks = square_tasks(parts, [self._order(square, codes, span) for square in level])
             run(lambda task: attend_square(parts, span, *task), tasks, t.q.device)
-        if t.sinks is not None:
-            add_sinks(out, lse, t.sinks)
+        if t.sink_logits is not None:
+            add_sink_logits(out, lse, t.sink_logits)
         if out is not t.out:
             t.out.copy_(out)
 

@@ -21,11 +21,11 @@ from hip_hf.backends.torch.block_sparse import (
     partial,
     store,
 )
-from hip_hf.backends.torch.decode_buffer import Gathered, attend_next, new_keys
+from hip_hf.backends.torch.decode_buffer import DecodeBuffer, attend_next, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span, rows_of_blocks
-from hip_hf.methods.base import Bound
-from hip_hf.methods.need import BoundByNeed, asked_rows
+from hip_hf.methods.base import BoundSelector
+from hip_hf.methods.need import BoundSelectorByNeed, asked_rows
 from hip_hf.state import DecodeState, KeptSelection, RowState
 from hip_hf.workers import compute_dtype, run
 
@@ -77,7 +77,7 @@ class SparseAttention(BlockSparseCall):
             else:
                 self._prefill(t, span, row)
 
-    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> Bound:
+    def _search(self, t: Tensors, row: RowState | None, blocks: list[QueryBlock]) -> BoundSelector:
         """The selection rule bound to the span, its pyramid extended to what the query blocks
         need."""
         pyramid = row.pyramid if row is not None else None
@@ -118,7 +118,7 @@ class SparseAttention(BlockSparseCall):
             dense.attend_rows(t, tail, span, self.pieces)
 
     def _unit(
-        self, t: Tensors, search: Bound, span: Span, head: int, blocks: list[QueryBlock]
+        self, t: Tensors, search: BoundSelector, span: Span, head: int, blocks: list[QueryBlock]
     ) -> None:
         heads = slice(head, head + 1)
         t = t.part(heads)
@@ -149,8 +149,8 @@ class SparseAttention(BlockSparseCall):
         take from what is left for the candidates, of each block's rows that are `asked`."""
         size = self.config.block_k
         logits, lse = near_logits(t, blocks, size, self.budget * size, asked)
-        if t.sinks is not None:
-            lse = torch.logaddexp(lse, t.sinks[:, :, None].to(lse.dtype))
+        if t.sink_logits is not None:
+            lse = torch.logaddexp(lse, t.sink_logits[:, :, None].to(lse.dtype))
         return logits, lse
 
     def _attend(
@@ -215,8 +215,8 @@ class SparseAttention(BlockSparseCall):
                 ids = self._selected(search, heads, [block], near)
             if row is not None:
                 row.selection = KeptSelection(ids, block.window_start, block.first)
-        if row is not None and self._gathers(t, row, block, steps):
-            self._attend_gathered(t, span, row, block, steps)
+        if row is not None and self._uses_decode_buffer(t, row, block, steps):
+            self._attend_decode_buffer(t, span, row, block, steps)
             self._take_note(span, heads, [block], ids)
         else:
             self._attend(t, span, heads, [block], ids)
@@ -240,7 +240,7 @@ class SparseAttention(BlockSparseCall):
             row.selection = KeptSelection(latest, last.window_start, last.first)
 
     def _attend_each(
-        self, t: Tensors, search: Bound, span: Span, heads: slice, blocks: list[QueryBlock]
+        self, t: Tensors, search: BoundSelector, span: Span, heads: slice, blocks: list[QueryBlock]
     ) -> Tensor:
         """Attention of rows that each select for themselves, and what they select."""
         # each row's sink and window are those of its neighbours, but for the neighbours' own keys
@@ -266,10 +266,10 @@ class SparseAttention(BlockSparseCall):
         runs = [blocks] if t.positions is None else [[block] for block in blocks]
         for at, some in enumerate(runs if ids.shape[3] else []):
             rows = slice(at, at + len(some))
-            for share in range(ids.shape[1]):
-                group = slice(None) if ids.shape[1] == 1 else slice(share, share + 1)
+            for mask in range(ids.shape[1]):
+                group = slice(None) if ids.shape[1] == 1 else slice(mask, mask + 1)
                 part = t.part(slice(None), group)
-                more, more_lse = partial(part, some, ids[:, share, rows], size, True, near=False)
+                more, more_lse = partial(part, some, ids[:, mask, rows], size, True, near=False)
                 assert more_lse is not None
                 at_once = out[:, group, rows], lse[:, group, rows]
                 lse[:, group, rows] = merge(*at_once, more.to(lse.dtype), more_lse)
@@ -278,14 +278,14 @@ class SparseAttention(BlockSparseCall):
         return ids
 
     def _selected(
-        self, search: Bound, heads: slice, blocks: list[QueryBlock], near: Tensor | None
+        self, search: BoundSelector, heads: slice, blocks: list[QueryBlock], near: Tensor | None
     ) -> Tensor:
         """What query blocks select, `[heads, S, len(blocks), n]`; `near`: as `_near` gives it."""
         if self.selector.asks_need:
-            return cast(BoundByNeed, search).select(heads, blocks, near)
+            return cast(BoundSelectorByNeed, search).select(heads, blocks, near)
         return search.select(heads, blocks)
 
-    def _gathers(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
+    def _uses_decode_buffer(self, t: Tensors, row: RowState, block: QueryBlock, steps: int) -> bool:
         """Whether what a selection reads is kept side by side for the steps that it serves. Not
         where it changes each step (a sliding window), where heads of a group read keys of their
         own, where device pools of a cache do the same, and for a copy of a sequence that has none
@@ -294,7 +294,7 @@ class SparseAttention(BlockSparseCall):
         return (
             steps > 1
             and kept is not None
-            and (row.gathered is not None or kept.position == block.last)
+            and (row.decode_buffer is not None or kept.position == block.last)
             and kept.ids is not None
             and kept.ids.shape[1] == 1
             and t.sliding_window is None
@@ -309,20 +309,20 @@ class SparseAttention(BlockSparseCall):
         sink = -(-config.sink // size) * size
         return sink + self.budget * size + config.window + size + steps
 
-    def _attend_gathered(
+    def _attend_decode_buffer(
         self, t: Tensors, span: Span, row: RowState, block: QueryBlock, steps: int
     ) -> None:
         """Attend to what is kept side by side, which is brought there first where it is not."""
         kept = row.selection
         assert kept is not None
-        if row.gathered is None:
-            row.gathered = Gathered(self._room(min(steps, STEPS_AT_FIRST)), t)
-        if not row.gathered.holds(kept, block.last):
+        if row.decode_buffer is None:
+            row.decode_buffer = DecodeBuffer(self._room(min(steps, STEPS_AT_FIRST)), t)
+        if not row.decode_buffer.holds(kept, block.last):
             refresh, until = self.config.decode_refresh, kept.position + steps
             if isinstance(refresh, list):
                 ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)]
                 until = min([until, *ends])
-            row.gathered.fill(t, kept, block, self.config.block_k, until)
+            row.decode_buffer.fill(t, kept, block, self.config.block_k, until)
         at = slice(span.row_start, span.row_end)
         step = replace(self.problem, q=self.problem.q[:, :, at], spans=(span,))
         lse = None if self.lse is None else self.lse[:, :, at]
@@ -355,8 +355,8 @@ class SparseAttention(BlockSparseCall):
         if ids is None:
             ids = torch.arange(block.low, block.high, device=self.out.device)
             ids = ids.expand(heads.stop - heads.start, 1, -1)
-        shares = 1 if self.config.group_shared else self.problem.groups
-        ids = ids.expand(-1, shares, -1).flatten(0, 1)
-        into = slice(heads.start * shares, heads.stop * shares)
+        masks_per_kv_head = 1 if self.config.group_shared else self.problem.groups
+        ids = ids.expand(-1, masks_per_kv_head, -1).flatten(0, 1)
+        into = slice(heads.start * masks_per_kv_head, heads.stop * masks_per_kv_head)
         self.mask.indices[span.batch, into, at, : ids.shape[1]] = ids.int()
         self.mask.counts[span.batch, into, at] = ids.shape[1]

@@ -188,7 +188,7 @@ class Conversation:
         answer = answer.partition(END_OF_LINE)[0] if self.plain else answer
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         layers = result.prefill if result.tokens_per_s is None else result.decode
-        shares = [layer.share for layer in layers if layer.share is not None]
+        densities = [layer.share for layer in layers if layer.share is not None]
         return Turn(
             question,
             answer.strip(),
@@ -198,7 +198,7 @@ class Conversation:
             seconds=time.perf_counter() - start,
             first_token_s=result.first_token_s,
             tokens_per_s=result.tokens_per_s,
-            keys_read=fmean(shares) if shares else None,
+            keys_read=fmean(densities) if densities else None,
             cache_tokens=len(self.held),
             cache_mib=cache_mib(self.cache),
         )

@@ -98,7 +98,7 @@ def kinds_read(
         row[block.start // size : block.sink_end // size] = _KIND["sink"]
         row[block.window_start // size : block.last // size + 1] = _KIND["window"]
         row[result.mask.indices[0, 0, i, : result.mask.counts[0, 0, i]].long()] = _KIND["selected"]
-    read = f"sparse, {result.share:.0%} of the keys read"
+    read = f"sparse, {result.density:.0%} of the keys read"
     return kinds, read if result.path == "sparse" else f"dense: {result.reason}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from hip_hf.eval.measure.memory import Meter, cache_mib
+from hip_hf.eval.measure.memory import MemoryMeter, cache_mib
 from hip_hf.geometry import keys_seen
 from hip_hf.integration.explain import Report, explain
 from hip_hf.integration.hip_cache import HiPCache
@@ -81,8 +81,9 @@ def over_chunks(reports: list[tuple[int, Report]], first: int) -> Report:
         at += rows
     layers = Report()
     for i, last in enumerate(reports[-1][1]):
-        shares = [report[i].share for _, report in reports]
-        read = [share * keys for share, keys in zip(shares, seen, strict=True) if share is not None]
+        densities = [report[i].share for _, report in reports]
+        pairs = zip(densities, seen, strict=True)
+        read = [density * keys for density, keys in pairs if density is not None]
         layers.append(last if len(read) < len(seen) else replace(last, share=sum(read) / sum(seen)))
     return layers
 
@@ -132,7 +133,7 @@ def generate(
     if cache is not None:
         given[CACHE] = cache
     hook = model.register_forward_hook(note_rows, with_kwargs=True)
-    meter = Meter(model.device)
+    meter = MemoryMeter(model.device)
     try:
         with torch.no_grad():
             # only generate knows when the prompt is through: the clock stops inside it, before the

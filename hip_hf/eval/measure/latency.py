@@ -240,7 +240,7 @@ def make_row(
         "times_faster": sdpa_ms / hip_ms,
         "path": call.result.path,
         "reason": call.result.reason,
-        "keys_read": call.result.share,
+        "keys_read": call.result.density,
         "runs": len(call.seconds),
         "sdpa_runs": len(dense.seconds),
     }

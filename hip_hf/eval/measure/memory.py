@@ -55,7 +55,7 @@ def cache_mib(cache: Any) -> float:
     return (sum(pool.bytes(pool.used) for pool in pools) + summaries_bytes(cache)) / MIB
 
 
-class Meter:
+class MemoryMeter:
     """What a piece of work takes on top of what was there, in MiB: on the host, and on a GPU if it
     works there."""
 
@@ -161,7 +161,7 @@ def cache_row(kind: str, config: Any, length: int) -> dict[str, Any]:
         shapes = shapes_of(net)
         # whatever is allocated once
         net(torch.tensor([[5]]), **{CACHE: _make_cache(kind, config, CHUNK)})
-        meter = Meter(torch.device("cpu"))
+        meter = MemoryMeter(torch.device("cpu"))
         cache = _make_cache(kind, config, length)
         for first in range(0, length, CHUNK):
             tokens = min(CHUNK, length - first)

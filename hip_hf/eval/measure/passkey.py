@@ -78,8 +78,8 @@ def path_of(rows: Sequence[Row]) -> str:
 
 def density(rows: Sequence[Row]) -> float:
     """Keys read of those visible, as the mean of the layers; 1 where no layer counted them."""
-    shares = [row.share for row in rows if row.share is not None]
-    return fmean(shares) if shares else 1.0
+    densities = [row.share for row in rows if row.share is not None]
+    return fmean(densities) if densities else 1.0
 
 
 @dataclass

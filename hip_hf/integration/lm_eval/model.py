@@ -123,7 +123,7 @@ class KeysRead:
         for layer in self.layers:
             call: Call | None = layer.__dict__.get("_hip_call")
             if call is not None:
-                self.totals[phase][0] += call.share
+                self.totals[phase][0] += call.density
                 self.totals[phase][1] += 1
                 path = call.path if call.path == "sparse" else f"{call.path} ({call.reason})"
                 self.paths[phase][path] += 1

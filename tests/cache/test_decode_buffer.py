@@ -19,7 +19,7 @@ from twin import Twin
 
 import hip_hf
 from hip_hf import attention
-from hip_hf.backends.torch.decode_buffer import Gathered, attend_next
+from hip_hf.backends.torch.decode_buffer import DecodeBuffer, attend_next
 from hip_hf.backends.torch.sparse import SparseAttention
 from hip_hf.integration import decode_fast_path
 from hip_hf.state import DecodeState
@@ -135,19 +135,20 @@ def test_copies_part(steps: list[str]) -> None:
     twin = Twin(small(decode_refresh=8), [0, 5])
     twin.call(100)
     twin.call(1)
-    first = twin.state.rows[0].gathered
-    assert isinstance(first, Gathered)
+    first = twin.state.rows[0].decode_buffer
+    assert isinstance(first, DecodeBuffer)
     twin.reorder([1, 0])
-    assert twin.state.rows[1].gathered is first
+    assert twin.state.rows[1].decode_buffer is first
     twin.repeat(2)
-    assert [row.gathered is None for row in twin.state.rows.values()] == [False, True, False, True]
-    assert twin.state.rows[2].gathered is first
+    lacking = [row.decode_buffer is None for row in twin.state.rows.values()]
+    assert lacking == [False, True, False, True]
+    assert twin.state.rows[2].decode_buffer is first
     for _ in range(6):
         twin.call(1)
-    assert twin.state.rows[1].gathered is None
+    assert twin.state.rows[1].decode_buffer is None
     for _ in range(4):
         twin.call(1)
-    assert len({id(row.gathered) for row in twin.state.rows.values()} - {id(None)}) == 4
+    assert len({id(row.decode_buffer) for row in twin.state.rows.values()} - {id(None)}) == 4
     other = copy.deepcopy(twin)
     for one in (twin, other):
         del steps[:]
@@ -182,7 +183,7 @@ def test_what_was_gathered_for_other_calls_is_not_read(steps: list[str]) -> None
     assert_near(step(state, 103, far, sliding_window=80), near, 1e-6)
     state, doubles = begun(), tuple(x.double() for x in (q, k, v))
     got = step(state, 103, doubles)
-    assert state.rows[0].gathered.k.dtype == torch.float64
+    assert state.rows[0].decode_buffer.k.dtype == torch.float64
     assert_near(got, step(DecodeState(), 103, doubles), 1e-12)
     assert_near(step(begun(), 103, other), step(DecodeState(), 103, other), 1e-6)
     assert len(steps) == 6
@@ -208,11 +209,11 @@ def test_values_that_are_no_longer_read_leave_nothing_behind(
     state = DecodeState()
     for at in range(100, 130):
         step(state, at, spoilt)
-    room = state.rows[0].gathered.k.shape[1]
+    room = state.rows[0].decode_buffer.k.shape[1]
     state.crop(100)
     for at in (100, 101, 102, 103):
         got = step(state, at, v)
-    assert state.rows[0].gathered.count < state.rows[0].gathered.k.shape[1] == room
+    assert state.rows[0].decode_buffer.count < state.rows[0].decode_buffer.k.shape[1] == room
     fresh = DecodeState()
     for at in (100, 101, 102, 103):
         want = step(fresh, at, v)
@@ -226,12 +227,12 @@ def test_memory_does_not_grow_with_the_context_nor_from_one_selection_to_the_nex
     twin = Twin(config, [0])
     twin.call(60)
     twin.call(1)
-    buffers = twin.state.rows[0].gathered.k
+    buffers = twin.state.rows[0].decode_buffer.k
     reach = config.sink + config.budget + config.window
     assert buffers.shape[1] <= reach + config.block_k + REFRESH
     for _ in range(40):
         twin.call(1)
-    assert twin.state.rows[0].gathered.k is buffers
+    assert twin.state.rows[0].decode_buffer.k is buffers
 
 
 def test_an_offloaded_cache_reads_its_device_pools(steps: list[str]) -> None:
@@ -263,7 +264,7 @@ def test_stages_with_intervals_of_their_own(
     outs = []
     for gathers in (True, False):
         if not gathers:
-            monkeypatch.setattr(SparseAttention, "_gathers", lambda *args: False)
+            monkeypatch.setattr(SparseAttention, "_uses_decode_buffer", lambda *args: False)
         state = DecodeState()
         calls = ((q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]) for i in range(100, 140))
         outs.append(
@@ -356,7 +357,7 @@ def test_a_patched_step_that_fails_is_said_at_the_next_use(
     if where == "page":
         monkeypatch.setattr(layer.pool, "append", fails)
     else:
-        monkeypatch.setattr(layer.hip_state.rows[0].gathered, "attend", fails)
+        monkeypatch.setattr(layer.hip_state.rows[0].decode_buffer, "attend", fails)
     with pytest.raises(MemoryError, match="no memory"):
         decode(model, ids, cache, PROMPT + 2, PROMPT + 3)
     monkeypatch.undo()
