@@ -163,11 +163,7 @@ class Positions:
         `places`, ranges of the order in which they are read."""
         rows, at = query.shape[2], 0
         if total <= self.trained:
-            with_rope = scratch.take("with_rope", tuple(k.shape), k)
-            for first, end in places:
-                part = slice(at, at + end - first)
-                self.rope.keys(k[:, part], first, self.trained, out=with_rope[:, part])
-                at = part.stop
+            with_rope = self.keys_in_places(k, places)
             torch.bmm(query.flatten(1, 2), with_rope.transpose(1, 2), out=out)
             return
         first_row, last_row = total - rows, total - 1
@@ -178,6 +174,16 @@ class Positions:
                 part = slice(at, at + high - low)
                 self.dense_logits(query, k[:, part], first_row, last_row, low, out=out[..., part])
                 at = part.stop
+
+    def keys_in_places(self, k: Tensor, places: list[tuple[int, int]]) -> Tensor:
+        """Keys `[heads, n, D]` rotated to where they stand, `places` as in `streaming_logits`, none
+        beyond the trained length: a buffer that the next call reuses."""
+        with_rope, at = scratch.take("with_rope", tuple(k.shape), k), 0
+        for first, end in places:
+            part = slice(at, at + end - first)
+            self.rope.keys(k[:, part], first, self.trained, out=with_rope[:, part])
+            at = part.stop
+        return with_rope
 
     def cuts(self, first: int, last: int) -> list[int]:
         """Where a row block, at `first` to `last`, finds keys that are too far for all of its rows,

@@ -14,11 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing import Self
 
-    from hip_hf.cache.pages import KeyRows
     from hip_hf.config import HiPConfig
-    from hip_hf.geometry import QueryBlock
-    from hip_hf.problem import AttentionProblem
-    from hip_hf.rope import Positions
 
 
 class Shareable(Protocol):
@@ -82,51 +78,6 @@ class Correction:
     clusters: Shareable | None = None  # `Clusters` of `backends/clusters.py`
 
 
-class SpanKeys(Protocol):
-    """Keys and values of one span, in its `Tensors` (`backends/tensors.py`)."""
-
-    @property
-    def k(self) -> KeyRows: ...
-
-    @property
-    def v(self) -> KeyRows: ...
-
-    @property
-    def positions(self) -> Positions | None: ...
-
-
-class StepBuffer(Protocol):
-    """What the decode steps of one batch row read under one selection, side by side: `count` rows,
-    without the next step's own key (`DecodeBuffer` in `backends/torch/decode_buffer.py`)."""
-
-    count: int
-
-    def holds(self, selection: KeptSelection | None, position: int) -> bool:
-        """Whether the step at `position` under `selection` has only to add its own key."""
-
-    def serves(self, selection: KeptSelection | None, position: int) -> bool:
-        """Whether it holds the step at `position`, and nothing is to be selected for it."""
-
-    def fill(
-        self, t: SpanKeys, selection: KeptSelection, block: QueryBlock, size: int, until: int
-    ) -> None:
-        """Bring what the step `block` reads under `selection` beside its own key, of key blocks of
-        `size` keys. The selection holds `until` then."""
-
-    def attend(
-        self,
-        q: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sink_logits: Tensor | None,
-        problem: AttentionProblem,
-        need_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add the key `[Hkv, 1, D]` and the value `[Hkv, 1, Dv]` at the next position, and attend
-        from the query row `[Hkv, G, 1, D]` there, with `sink_logits` `[Hkv, G]`: output
-        `[Hkv, G, 1, Dv]`, log-sum-exp `[Hkv, G, 1]` if asked for or with these logits."""
-
-
 class DeviceTables(Protocol):
     """What the kernels keep for the batch rows of a cache (`DeviceState` in
     `backends/triton/sparse.py`). `even`: in the last call that the host saw all rows ended at the
@@ -160,7 +111,9 @@ class RowState:
     pyramid: Summaries | None = None
     selection: KeptSelection | None = None
     correction: Correction | None = None
-    decode_buffer: StepBuffer | None = None  # what the steps under `selection` read
+    # what the steps under `selection` read: a `DecodeBuffer` of `backends/torch/decode_buffer.py`,
+    # whose `buffer_of` says so; here it is but kept and dropped
+    decode_buffer: object | None = None
     on_device: bool = False  # what was seen of it is in `DecodeState.device`
 
 

@@ -142,34 +142,20 @@ class MakeExecutor(Protocol):
     ) -> Executor: ...
 
 
-class MakeCorrection(Protocol):
-    """The same for Delta correction of another attention, whose executor `attention` makes."""
-
-    def __call__(
-        self,
-        problem: AttentionProblem,
-        config: HiPConfig,
-        out: Tensor,
-        lse: Tensor | None,
-        need_mask: bool,
-        *,
-        attention: MakeExecutor,
-    ) -> Executor: ...
-
-
 @dataclass(frozen=True)
 class Executors:
-    """A backend's executors, by the kinds that `kind_of` tells apart."""
+    """A backend's executors, by the kinds that `kind_of` tells apart. `delta`: what corrects
+    another attention, given what makes that one's executor."""
 
     block_sparse: MakeExecutor
     hyper: MakeExecutor
-    delta: MakeCorrection
+    delta: Callable[[MakeExecutor], MakeExecutor]
 
     def pick(self, config: HiPConfig) -> MakeExecutor:
         """What makes the executor of a call with these settings."""
         kind = kind_of(config)
         if kind == "delta":
-            return partial(self.delta, attention=self.pick(replace(config, delta=None)))
+            return self.delta(self.pick(replace(config, delta=None)))
         return self.hyper if kind == "hyper" else self.block_sparse
 
 

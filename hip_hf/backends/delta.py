@@ -87,6 +87,11 @@ class DeltaCall(Executor):
 
     attention: MakeExecutor = field(kw_only=True)
 
+    @classmethod
+    def around(cls, attention: MakeExecutor) -> MakeExecutor:
+        """Return what makes the executor of that attention and its correction."""
+        return partial(cls, attention=attention)
+
     def __post_init__(self) -> None:
         problem, config = self.problem, self.config
         assert config.delta is not None

@@ -53,8 +53,9 @@ from hip_hf.workers import scratch
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need
 # not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
-# Logits of votes for candidates that are looked at whole, so many that they stay in cache.
-LOGITS_AT_ONCE = 1 << 18
+# Logits of votes, for candidates that are looked at whole, that are weighed at a time: fewer than
+# `workers.LOGITS_AT_ONCE`, since weighing goes through them five times.
+VOTES_AT_ONCE = 1 << 18
 
 
 def start_level(config: HiPConfig, low: int, high: int) -> int:
@@ -241,7 +242,7 @@ class TreeSearch(BoundSelectorByNeed):
             some = slice(block.low - first, block.high - first)
             own = keys[:, some.start * size : some.stop * size]
             own = self._turned(own, ids[None, some], torch.tensor(block.high, device=device))
-            most = max(1, LOGITS_AT_ONCE // (len(q) * own.shape[1]))
+            most = max(1, VOTES_AT_ONCE // (len(q) * own.shape[1]))
             for at in range(0, q.shape[2], most):
                 votes = q[:, item, at : at + most]
                 logits = scratch.take("logits", (*votes.shape[:2], own.shape[1]), q)

@@ -79,7 +79,7 @@ def test_same_blocks_where_short_middles_are_looked_at_whole(
 def test_votes_that_are_too_many_at_once_are_scored_after_one_another(
     score: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hip, "LOGITS_AT_ONCE", 1)  # a vote at a time
+    monkeypatch.setattr(hip, "VOTES_AT_ONCE", 1)  # a vote at a time
     counts: list[int] = []
     original = hip.aggregate
 

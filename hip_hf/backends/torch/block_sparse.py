@@ -168,14 +168,15 @@ def partial(
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
     outputs = scratch.take("out", (of.count, of.lanes, of.rows, t.v.shape[-1]), of.like)
     keys = of.picked + sink + window
-    logits = scratch.take("logits", (of.lanes, of.rows, keys), of.like)
+    if known is None:  # one buffer for every query block
+        room = scratch.take("logits", (1, of.lanes, of.rows, keys), of.like)
+        known = room.expand(of.count, -1, -1, -1)
     lses: list[Tensor] = []
     for i in range(of.count):
         values.fill(i, of.chosen[i])
         if values.all.dtype != v_all.dtype:
             v_all.copy_(values.all)
-        if known is not None:
-            logits = known[i, ..., known.shape[-1] - keys :]
+        logits = known[i, ..., known.shape[-1] - keys :]
         if of.keys:
             of.fill(i, logits[..., : of.keys])
         lse = weigh_values(logits, v_all, outputs[i], need_lse)

@@ -27,7 +27,7 @@ from hip_hf.workers import compute_dtype, scratch
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
     from hip_hf.problem import AttentionProblem
-    from hip_hf.state import DecodeState, KeptSelection, RowState, SpanKeys
+    from hip_hf.state import DecodeState, KeptSelection, RowState
 
 # A buffer that is full grows by `1 / GROWTH` of its rows, and by `GROWTH` rows at least.
 GROWTH = 8
@@ -37,8 +37,7 @@ class DecodeBuffer:
     """Buffers `[Hkv, room, D]` and `[Hkv, room, Dv]` in the dtype that is multiplied in; the first
     `count` rows are keys and values of selected blocks, sink and window, in this order, values
     behind them are zero. Under context extension keys are rotated to their places, those of the
-    selected blocks between sink and window. A step's own key comes with its `attend`. What other
-    modules call is `StepBuffer` of `state.py`."""
+    selected blocks between sink and window. A step's own key comes with its `attend`."""
 
     def __init__(self, room: int, t: Tensors) -> None:
         heads, dtype, device = t.k.shape[0], compute_dtype(t.q), t.q.device
@@ -62,15 +61,19 @@ class DecodeBuffer:
             )
 
     def holds(self, selection: KeptSelection | None, position: int) -> bool:
+        """Whether the step at `position` under `selection` has only to add its own key."""
         mine = self.selection is not None and self.selection is selection
         return mine and self.position == position
 
     def serves(self, selection: KeptSelection | None, position: int) -> bool:
+        """Whether it holds the step at `position`, and nothing is to be selected for it."""
         return position < self.until and self.holds(selection, position)
 
     def fill(
-        self, t: SpanKeys, selection: KeptSelection, block: QueryBlock, size: int, until: int
+        self, t: Tensors, selection: KeptSelection, block: QueryBlock, size: int, until: int
     ) -> None:
+        """Bring what the step `block` reads under `selection` beside its own key, of key blocks of
+        `size` keys. The selection holds `until` then."""
         assert selection.ids is not None
         self.selection = None  # until all is there
         ids = selection.ids[:, 0, 0]
@@ -93,13 +96,9 @@ class DecodeBuffer:
         # else what they held before, were it infinite or NaN, would count though it weighs nothing
         self.v[:, self.count :] = 0
         if t.positions is not None:
-            rope, most = t.positions.rope, t.positions.trained
-            for first, keys in (
-                (sink, self.k[:, :picked]),
-                (0, self.k[:, picked : picked + sink]),
-                (sink + picked, self.k[:, picked + sink : self.count]),
-            ):
-                keys.copy_(rope.keys(keys, first, most))
+            keys = self.k[:, : self.count]
+            places = [(sink, sink + picked), (0, sink), (sink + picked, self.count)]
+            keys.copy_(t.positions.keys_in_places(keys, places))
         self.selection, self.position, self.until = selection, block.last, until
 
     def attend(
@@ -139,6 +138,13 @@ class DecodeBuffer:
         return out, lse
 
 
+def buffer_of(row: RowState) -> DecodeBuffer | None:
+    """Return the buffer that a row's steps read, if it has one."""
+    buffer = row.decode_buffer
+    assert buffer is None or isinstance(buffer, DecodeBuffer)
+    return buffer
+
+
 def buffered_rows(
     problem: AttentionProblem, config: HiPConfig, state: DecodeState
 ) -> list[RowState] | None:
@@ -151,11 +157,12 @@ def buffered_rows(
     rows = []
     for span in problem.spans:
         row = state.rows.get(span.batch)
-        if row is None or row.decode_buffer is None:
+        buffer = None if row is None else buffer_of(row)
+        if row is None or buffer is None:
             return None
         if (row.key_start, row.position) != (span.key_start, span.position):
             return None
-        if not row.decode_buffer.serves(row.selection, span.position):
+        if not buffer.serves(row.selection, span.position):
             return None
         rows.append(row)
     return rows
@@ -185,14 +192,14 @@ def attend_next(
     try:
         for span, row, (key, value) in zip(problem.spans, rows, new, strict=True):
             b, need_lse = span.batch, lse is not None
-            assert row.decode_buffer is not None
-            outs[b], total = row.decode_buffer.attend(
-                q[b], key, value, sink_logits, problem, need_lse
-            )
-            if lse is not None and total is not None:
+            buffer = buffer_of(row)
+            assert buffer is not None
+            outs[b], total = buffer.attend(q[b], key, value, sink_logits, problem, need_lse)
+            if lse is not None:
+                assert total is not None
                 lse[b] = total.flatten(0, 1)
             row.position = span.end
-            read, visible = read + row.decode_buffer.count, visible + span.end
+            read, visible = read + buffer.count, visible + span.end
     except BaseException:  # also an interrupt: who knows how far a row has come
         for row in rows:
             row.decode_buffer = None

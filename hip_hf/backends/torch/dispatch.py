@@ -7,4 +7,4 @@ from hip_hf.backends.torch.delta import DeltaAttention
 from hip_hf.backends.torch.hyper import HyperAttention
 from hip_hf.backends.torch.sparse import SparseAttention
 
-EXECUTORS = Executors(SparseAttention, HyperAttention, DeltaAttention)
+EXECUTORS = Executors(SparseAttention, HyperAttention, DeltaAttention.around)

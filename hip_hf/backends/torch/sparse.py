@@ -21,7 +21,7 @@ from hip_hf.backends.torch.block_sparse import (
     partial,
     store,
 )
-from hip_hf.backends.torch.decode_buffer import DecodeBuffer, attend_next, new_keys
+from hip_hf.backends.torch.decode_buffer import DecodeBuffer, attend_next, buffer_of, new_keys
 from hip_hf.cache.pages import PagedKeys
 from hip_hf.geometry import QueryBlock, Span, rows_of_blocks
 from hip_hf.methods.base import BoundSelector
@@ -315,14 +315,15 @@ class SparseAttention(BlockSparseCall):
         """Attend to what is kept side by side, which is brought there first where it is not."""
         kept = row.selection
         assert kept is not None
-        if row.decode_buffer is None:
-            row.decode_buffer = DecodeBuffer(self._room(min(steps, STEPS_AT_FIRST)), t)
-        if not row.decode_buffer.holds(kept, block.last):
+        buffer = buffer_of(row)
+        if buffer is None:
+            row.decode_buffer = buffer = DecodeBuffer(self._room(min(steps, STEPS_AT_FIRST)), t)
+        if not buffer.holds(kept, block.last):
             refresh, until = self.config.decode_refresh, kept.position + steps
             if isinstance(refresh, list):
                 ends = [at + each for (_, at), each in zip(kept.stages, refresh, strict=True)]
                 until = min([until, *ends])
-            row.decode_buffer.fill(t, kept, block, self.config.block_k, until)
+            buffer.fill(t, kept, block, self.config.block_k, until)
         at = slice(span.row_start, span.row_end)
         step = replace(self.problem, q=self.problem.q[:, :, at], spans=(span,))
         lse = None if self.lse is None else self.lse[:, :, at]

@@ -16,7 +16,7 @@ from hip_hf.state import DecodeState
 if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
-EXECUTORS = Executors(SparseAttention, HyperAttention, DeltaAttention)
+EXECUTORS = Executors(SparseAttention, HyperAttention, DeltaAttention.around)
 
 
 def run(
