@@ -26,7 +26,7 @@ import torch
 from hip_hf.eval.measure.memory import MIB, MemoryMeter
 from hip_hf.eval.reporting.report import machine
 
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
 )
 HEADS, DIM = 2, 32

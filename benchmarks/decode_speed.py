@@ -46,7 +46,8 @@ def filled(model: PreTrainedModel, length: int) -> Any:
     cache = DynamicCache(config=model.config)
     config = model.config
     generator = torch.Generator().manual_seed(1)
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         shape = (1, config.num_key_value_heads, length, config.head_dim)
         layer.update(
             torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)

@@ -46,6 +46,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.0
@@ -76,8 +77,12 @@ class Worker:
     stopped."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        self.process = subprocess.Popen(command, start_new_session=True, env=environment, **pipe)
+        pipe: dict[str, Any] = dict(
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.process: Any = subprocess.Popen(
+            command, start_new_session=True, env=environment, **pipe
+        )
         self.answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 

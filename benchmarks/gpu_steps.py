@@ -311,15 +311,16 @@ def profile_step(run: Run) -> None:
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
 
     def prompt(length: int, what: str = "prompt", settings: HiPConfig = sizes.settings) -> Rows:
-        tensors = plan.random(sizes.dtype, length, length, plan.device)
-        return parts_of(
-            what, length, plan.device, partial(ours, *tensors, settings), 1, sizes.repeats
-        )
+        q, k, v = plan.random(sizes.dtype, length, length, plan.device)
+        work = partial(ours, q, k, v, settings)
+        return parts_of(what, length, plan.device, work, 1, sizes.repeats)
 
     def gradients(length: int) -> Rows:
-        leaves = [x.requires_grad_() for x in plan.random(sizes.dtype, length, length, plan.device)]
+        q, k, v = leaves = plan.random(sizes.dtype, length, length, plan.device)
         with torch.enable_grad():
-            out = ours(*leaves, sizes.settings).out
+            for leaf in leaves:
+                leaf.requires_grad_()
+            out = ours(q, k, v, sizes.settings).out
         pull = partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
         return parts_of("gradients", length, plan.device, pull, 1, sizes.repeats)
 

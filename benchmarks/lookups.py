@@ -42,6 +42,7 @@ from hip_hf.eval.measure.needles import NeedlesPlan, NeedlesPrompt, read_documen
 from hip_hf.eval.reporting.report import machine
 from hip_hf.geometry import BlockMask, QueryBlock, Span, make_query_block
 from hip_hf.methods import hip, need
+from hip_hf.methods.base import options_of
 from hip_hf.methods.need import SPREAD
 from hip_hf.methods.pyramid import make_representative
 from hip_hf.problem import AttentionProblem
@@ -117,7 +118,7 @@ def centre_spread(size: int) -> Estimate:
     counted as `size` keys."""
 
     def estimate(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        blend = make_representative("blend", HiPConfig().method_options().weight)
+        blend = make_representative("blend", options_of(HiPConfig(), need.Options).weight)
         return mass(blend.features(q), blend.row(blend.leaf(chunked(keys, size)))) + math.log(size)
 
     return estimate
@@ -314,9 +315,8 @@ def measure(
             ]
             for found in (settings, estimates):
                 for kept in found.values():
-                    kept.append(
-                        Kept(*(torch.zeros(len(marks), dtype=torch.float64) for _ in range(2)))
-                    )
+                    nothing = torch.zeros(len(marks), dtype=torch.float64)
+                    kept.append(Kept(nothing, nothing.clone()))
             for problem in problems:
                 attention = attention_of(problem, config, start, marks)
                 links = links_of(problem, config, start, prompt.document)
@@ -335,7 +335,7 @@ def measure(
     def mean(some: list[Kept]) -> dict[str, float]:
         return {name: sum(one.measure()[name] for one in some) / len(some) for name in MEASURES}
 
-    costs = {name: prompt_cost(one, length) for name, one in plan.configs.items()}
+    costs: dict[str, Any] = {name: prompt_cost(one, length) for name, one in plan.configs.items()}
     return {
         "settings": [
             {"settings": name, **mean(some), "cost": costs[name].selection / costs[name].attention}

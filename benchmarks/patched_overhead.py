@@ -29,7 +29,7 @@ from hip_hf.eval.reporting.report import machine
 LAYERS, PARTS = 32, 20
 # Steps that a selection serves: the default, and more than are measured.
 REFRESHES = (HiPConfig().decode_refresh, 100_000)
-TINY = dict(
+TINY: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS,
     num_attention_heads=2, num_key_value_heads=1, head_dim=16,
 )  # fmt: skip

@@ -18,7 +18,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -155,12 +155,13 @@ class Data:
         room = length - sum(len(ids) for _, ids, _ in pieces)
         if room < 0:
             return self.notes(stage)
-        text = rng.choice(self.texts)
-        start = rng.randrange(len(text) - room)
-        ids, answer, read = [], np.zeros(length, dtype=bool), 0
+        novel = rng.choice(self.texts)
+        start = rng.randrange(len(novel) - room)
+        ids: list[int] = []
+        answer, read = np.zeros(length, dtype=bool), 0
         for at, piece, tail in pieces:
             upto = round(at * room)
-            ids.extend(text[start + read : start + upto])
+            ids.extend(novel[start + read : start + upto])
             ids.extend(piece)
             answer[len(ids) - tail : len(ids)] = True
             read = upto
@@ -218,7 +219,8 @@ def main(
     tokenizer = (
         PreTrainedTokenizerFast.from_pretrained(out) if saved.exists() else build_tokenizer(files)
     )
-    model = build_model(len(tokenizer)).to(device)
+    model: Any = build_model(len(tokenizer))
+    model.to(device)
     model.set_attn_implementation("sdpa")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05

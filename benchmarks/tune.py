@@ -104,7 +104,7 @@ def examples(
     kernel: str, dim: int, dtype: torch.dtype, device: str = "meta", tokens: int = TOKENS
 ) -> list[Example]:
     """What a configuration must serve; the first of them is timed."""
-    fields = dict(
+    fields: dict[str, Any] = dict(
         tokens=tokens,
         device=device,
         **(dict(rows=1, block_q=1) if kernel.startswith("decode") else {}),

@@ -107,7 +107,7 @@ def compare(
     rows: list[dict[str, Any]] = []
     for dtype in dtypes:
         for phase in PHASES:
-            cells = []
+            cells: list[dict[str, Any]] = []
             for length in lengths:
                 for side in (old, new):  # what is allocated or compiled once
                     side.ask(min(lengths), dtype, phase)

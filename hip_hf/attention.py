@@ -226,7 +226,7 @@ def empty_outputs(
     return out, lse
 
 
-def placed(problem: AttentionProblem) -> AttentionProblem:
+def with_rope(problem: AttentionProblem) -> AttentionProblem:
     """The problem with q and k rotated to their true positions. O(T): where all of the keys are
     read anyway."""
     assert problem.positions is not None
@@ -261,7 +261,7 @@ def attend_dense(
     """Dense attention: the output, and the log-sum-exp if asked for."""
     prompt = problem.q.shape[2] > DECODE_ROWS and not isinstance(problem.k, PagedTensor)
     if prompt and problem.positions is not None and problem.longest <= problem.positions.trained:
-        problem = placed(problem)
+        problem = with_rope(problem)
     if dense_by_kernels(problem, config, need_lse):
         from hip_hf.backends.triton.dense import attend_densely
 

@@ -131,7 +131,7 @@ class HiPConfig:
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also
             a list, one per stage.
         extend: None, or `streaming`: contexts longer than the model was trained for (models:
-            patched families, and those whose keys can be turned back; `hip_attention`: with
+            patched families, and those whose keys can be rotated back; `hip_attention`: with
             `positions`). What a row reads, `sink + budget + window` (no budget for `streaming`),
             must fit in the trained length.
         layers: overrides for single layers, `{layer: {field: value}}`.

@@ -147,7 +147,7 @@ def mask_heads(config: HiPConfig, query_heads: int, key_heads: int) -> int:
     return key_heads if config.group_shared else query_heads
 
 
-@dataclass
+@dataclass(eq=False)
 class BlockMask:
     """Which key blocks each query block reads between sink and window.
 

@@ -26,7 +26,7 @@ def by_tokens(q: Tensor, dim: int) -> Tensor:
     return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionProblem:
     """Shapes: q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`, sinks `[Hq]` (extra
     logits)."""

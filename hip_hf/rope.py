@@ -85,14 +85,14 @@ class Rope:
         back: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Keys `[..., n, D]` turned to `position`: the first of consecutive ones, or int64
+        """Keys `[..., n, D]` rotated to `position`: the first of consecutive ones, or int64
         `[..., n]`, all below `most`."""
         cos, sin = self.tables(most, x.dtype, x.device)
         index = slice(position, position + x.shape[-2]) if isinstance(position, int) else position
         return rotate(x, cos[index], sin[index], back, out)
 
     def queries(self, x: Tensor, position: Tensor | int, most: int) -> Tensor:
-        """Queries `[..., n, D]` turned to `position`, as `keys` does, and scaled for both sides of
+        """Queries `[..., n, D]` rotated to `position`, as `keys` does, and scaled for both sides of
         the product."""
         out = self.keys(x, position, most)
         if self.scaling != 1.0:
@@ -101,7 +101,7 @@ class Rope:
 
     def unrotate(self, x: Tensor, first: int) -> Tensor:
         """What the model rotated to the consecutive positions from `first` on, `[..., n, D]`,
-        turned back."""
+        rotated back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         # no table: positions grow with the context
         cos, sin = self._turns(first, first + x.shape[-2], dtype, x.device)
@@ -114,7 +114,7 @@ class Rope:
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """`[..., n, D]` turned by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which
+    """`[..., n, D]` rotated by angles `[..., n, R / 2]` (`back`: by minus these) into `out`, which
     is not x."""
     half, sign = cos.shape[-1], -1 if back else 1
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
@@ -229,7 +229,7 @@ class Positions:
         self, ids: Tensor, end: Tensor, farthest: int, like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Chunk-indexed selection: cosine and sine `[..., P, M, R / 2]` by which chunks `ids`
-        `[..., P, M]` are turned back, a position for each chunk up to the window, which begins at
+        `[..., P, M]` are rotated back, a position for each chunk up to the window, which begins at
         chunk `end` `[P]`; at most `farthest`."""
         cos, sin = self.rope.tables(self.trained, like.dtype, like.device)
         back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest)

@@ -50,7 +50,7 @@ class Summaries(Shareable, Protocol):
         """Forget all but the first `blocks` blocks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeptSelection:
     """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None
     where the budget covered all candidates. The window's start and the candidates stay as they were
@@ -65,7 +65,7 @@ class KeptSelection:
     stages: tuple[tuple[Tensor | None, int], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Correction:
     """Dense minus sparse attention at position `position` (Delta): `out` `[Hkv, G, Dv]`, `lse`
     `[Hkv, G]`, fp32 at least. In mode `clusters`, dense minus estimated attention: a mean up to
@@ -102,7 +102,7 @@ class DeviceTables(Protocol):
         """Batch row `b` continues what row `indices[b]` was."""
 
 
-@dataclass
+@dataclass(eq=False)
 class RowState:
     """State of one batch row."""
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hip_hf.state import DecodeState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """What a few query blocks of a span read, for the key heads `heads`: sink, window and the key
     blocks `ids` `[heads, S, len(blocks), n]` of `block_k` keys, or (None) all from
@@ -90,7 +90,7 @@ class Executor:
         raise NotImplementedError
 
 
-@dataclass
+@dataclass(eq=False)
 class Result:
     """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense,
     or not corrected as asked."""
@@ -142,7 +142,7 @@ class MakeExecutor(Protocol):
     ) -> Executor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Executors:
     """A backend's executors, by the kinds that `kind_of` tells apart. `delta`: what corrects
     another attention, given what makes that one's executor."""

@@ -13,7 +13,7 @@ from hip_hf.problem import AttentionProblem
 from hip_hf.rope import Positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tensors:
     """One span's tensors: q `[Hkv, G, rows, D]`, k `[Hkv, T, D]`, v `[Hkv, T, Dv]`, out
     `[Hkv, G, rows, Dv]`, lse `[Hkv, G, rows]` or None, sink_logits `[Hkv, G]` or None. Rows of k

@@ -258,7 +258,7 @@ class Store:
         return [ArenaHeadRows(list(rows), first) for rows in zip(*views, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedKeys:
     """Keys (or values) of one sequence from token `start` on, `[heads, length, D]`.
 

@@ -26,7 +26,7 @@ from hip_hf.integration.settings import text_config
 _QUESTION = "Ask this; may be repeated. Without it: type questions, or pipe them in, one a line."
 _CACHE = "File that keeps the document as it was read: loaded if it is there, else written."
 TOKENS = Option(min=1, help="Make the document so long: cut, or the text over again.")
-CHUNK = Option(min=1, help="Read the document so many tokens at a time.")
+CHUNK = Option(min=1, help="How many tokens of the document to read at a time.")
 EXTEND = "--set extend=streaming --set dense_tail=0"
 
 

@@ -48,7 +48,7 @@ _FACTS = (
     f"Pass keys to hide and to ask for; default: {FACTS}, each in a document of its own, with "
     f"--model {AT_ONCE} in one."
 )
-CHUNK = Option(help="Beyond the model's length, read so many tokens at a time.", min=1)
+CHUNK = Option(help="How many tokens to read at a time beyond the model's length.", min=1)
 DRAWN = Option(help="PNG file of which key blocks each query block reads.")
 
 

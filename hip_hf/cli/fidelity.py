@@ -23,7 +23,7 @@ BUDGET = Option(
     help=f"Keys selected per query block; default 256, with --stress {HiPConfig.budget}."
 )
 BUDGETS = Option(help="Every setting with each of these budgets, like 128,256,512.")
-STRESS = Option(help="Put segments end to end to so many keys, like 64K,128K.")
+STRESS = Option(help="Numbers of keys to which segments are put end to end, like 64K,128K.")
 ROWS = Option(min=1, help="With --stress: query rows, the last ones of the last segment.")
 PER_LAYER = Option(help="A row for every layer in the table; JSON always has them.")
 

@@ -18,7 +18,7 @@ from hip_hf.integration.settings import NAMES
 
 ATTN = Option(help="Attention implementation: hip, streaming, sdpa, eager ...")
 TOKENS = Option(min=1, help="Make the prompt so long: cut, or the text over again.")
-CHUNK = Option(min=1, help="Read the prompt so many tokens at a time.")
+CHUNK = Option(min=1, help="How many tokens of the prompt to read at a time.")
 # What memory is called in words, by its name in JSON.
 MEMORY = {"cache": "the cache", "peak": "the host's peak", "device_peak": "the device's peak"}
 

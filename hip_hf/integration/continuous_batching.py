@@ -120,7 +120,7 @@ class Request(NamedTuple):
         return self.keys - (self.row_end - self.row)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kept:
     """A request's state, its pages, and the key `[Hkv, D]` of its last token."""
 

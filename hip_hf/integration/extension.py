@@ -2,7 +2,7 @@
 un-rotated keys.
 
 Two ways to un-rotated keys. A patched layer (`patches`) hands them over. For some other families,
-whose RoPE is known to be of Llama's layout with nothing after it, what the layer rotated is turned
+whose RoPE is known to be of Llama's layout with nothing after it, what the layer rotated is rotated
 back as it comes: queries in the attention function, keys as a `HiPCache` stores them. A constant
 missing in these positions (padding) turns both alike: no product changes.
 """
@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import torch
+from transformers.models import auto
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.patches.families import families
@@ -26,10 +27,10 @@ _NOT_FIXED = {
     "dynamic": "its frequencies change with the length of the text",
     "longrope": "its frequencies switch with the length of the text",
 }
-# Families without a patcher whose rotated keys can be turned back
+# Families without a patcher whose rotated keys can be rotated back
 # (tests/integration/test_extension_models.py tries each).
-TURNED_BACK = ("gemma", "granite", "olmo", "olmo2", "phi3", "starcoder2", "stablelm")
-_NOT_TURNED_BACK = {
+ROTATED_BACK = ("gemma", "granite", "olmo", "olmo2", "phi3", "starcoder2", "stablelm")
+_NOT_ROTATED_BACK = {
     "hunyuan_v1_dense": "it normalises q and k after RoPE",
     "hunyuan_v1_moe": "it normalises q and k after RoPE",
     "smollm3": "some of its layers have no RoPE",
@@ -66,10 +67,12 @@ def check_extension(settings: HiPConfig, config: Any) -> None:
         return
     field = f"HiPConfig.extend: got {settings.extend!r}, allowed for this model: None"
     kind = config.model_type
-    if kind not in (*families(), *TURNED_BACK):
-        why = _NOT_TURNED_BACK.get(kind, "its layout of RoPE is not known")
-        known = " | ".join((*families(), *TURNED_BACK))
-        why = f"{kind} has no patcher, and its keys cannot be turned back: {why}; known are {known}"
+    if kind not in (*families(), *ROTATED_BACK):
+        why = _NOT_ROTATED_BACK.get(kind, "its layout of RoPE is not known")
+        known = " | ".join((*families(), *ROTATED_BACK))
+        why = (
+            f"{kind} has no patcher, and its keys cannot be rotated back: {why}; known are {known}"
+        )
         raise ValueError(f"{field} ({why})")
     rope = getattr(config, "rope_parameters", None)
     name = rope.get("rope_type", "default") if isinstance(rope, dict) else None
@@ -88,15 +91,13 @@ _ropes: dict[tuple[bytes, float], Rope] = {}
 def rope_of(config: Any, head_dim: int | None = None) -> Rope:
     """The rotation of models with this text config, from the rotary embedding of their modeling
     file, which is made anew: not for every step. The same object for all that rotate alike, for its
-    tables. `head_dim`: of what is to be turned. Raises ValueError where the config is of no model
+    tables. `head_dim`: of what is to be rotated. Raises ValueError where the config is of no model
     of Transformers, the file has no such class, or several, or it turns more than a head has."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    known = next((kind for kind in type(config).__mro__ if kind in MODEL_MAPPING), None)
+    known = next((kind for kind in type(config).__mro__ if kind in auto.MODEL_MAPPING), None)
     if known is None:
         got = f"a model with {type(config).__name__}"
         raise refused("extend", got, "configs of Transformers' own models")
-    source = sys.modules[MODEL_MAPPING[known].__module__]
+    source = sys.modules[auto.MODEL_MAPPING[known].__module__]
     embeddings = [x for name, x in vars(source).items() if name.endswith("RotaryEmbedding")]
     found = [kind for kind in embeddings if isinstance(kind, type)]
     if len(found) != 1:
@@ -136,7 +137,7 @@ def unrotate(
     positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn back the queries `[B, Hq, Tq, D]` and keys `[B, Hkv, Tk, D]` of a layer that rotates
-    them itself: all the keys where this call brought them; a `HiPCache` has turned back its own
+    them itself: all the keys where this call brought them; a `HiPCache` has rotated back its own
     when they came. Raises ValueError for keys in a cache of another kind."""
     first = key.shape[2] - query.shape[2]
     if cache is not None:

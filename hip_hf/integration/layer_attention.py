@@ -44,7 +44,7 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """What the last call of a layer did; `explain` shows it. `unmasked`: rows of a batch that came
     without a padding mask."""

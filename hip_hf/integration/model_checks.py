@@ -20,11 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers.models import auto
 
 from hip_hf.config import HiPConfig
 from hip_hf.integration.extension import check_extension
@@ -101,7 +97,7 @@ def refuse_foreign_model(config: PreTrainedConfig | None) -> None:
         raise ValueError(f"indices: {what}, allowed: None")
     kind = type(config)
     if kind not in _foreign:
-        tables = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+        tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING)
         model = next((table[kind] for table in tables if kind in table), None)
         can_set = getattr(model, "_can_set_attn_implementation", None)
         _foreign[kind] = can_set is not None and not can_set()
@@ -171,9 +167,9 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
     # encoders of images, of sound, or of the text that a decoder is given, may attend as they like
     kind: Any = type(model)
     config: Any = type(model.config)
-    tables = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
-    generates = any(config in table for table in tables) and config in MODEL_MAPPING
-    whole: Any = MODEL_MAPPING[config] if generates else ()
+    tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    generates = any(config in table for table in tables) and config in auto.MODEL_MAPPING
+    whole: Any = auto.MODEL_MAPPING[config] if generates else ()
     masks = any(x.startswith("create_") and x.endswith("mask") for x in _names(kind))
     if not (model.can_generate() or isinstance(model, whole) or masks):
         return

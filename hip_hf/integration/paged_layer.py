@@ -56,7 +56,7 @@ class PagedLayer(Stateful, DynamicLayer):
         self.cut_off = False  # whether gradients were asked for through what is kept
         self.appending = False  # or a call was interrupted while it did
         self.unrotated = False  # whether the keys are as they were before RoPE
-        self.rope: Rope | None = None  # of the model, once keys have had to be turned back
+        self.rope: Rope | None = None  # of the model, once keys have had to be rotated back
         super().__init__()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

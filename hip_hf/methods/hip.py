@@ -119,14 +119,14 @@ class Selector(base.Selector):
             return votes * 2 * (walked + looked), walked + looked
         # of one query head: heads that share a mask have as many votes together as alone, but for
         # rounding
-        asked, voters = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole)
-        walkers, sampled = voters, 0
-        if voters < asked:
-            walkers = walkers_of(config, voters)
+        asked, votes = len(asked_rows(config, block.rows)), votes_of(config, block.rows, 1, whole)
+        walkers, sampled = votes, 0
+        if votes < asked:
+            walkers = walkers_of(config, votes)
             level = sample_level(config, low, high, most_sampled(config, low, high))
             first, end = sampled_chunks(config, low, high, level)
             sampled = end - first
-        products = walkers * walked + voters * looked + asked * sampled * dim
+        products = walkers * walked + votes * looked + asked * sampled * dim
         return 2 * products, walked + looked + sampled * dim
 
     def bind(
@@ -206,8 +206,8 @@ class TreeSearch(BoundSelectorByNeed):
         ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         while level > 0:
-            # so many are there: one level below the start there are more than twice as many, two of
-            # them at the edges
+            # there are at least `beam_blocks`: one level below the start there are more than twice
+            # as many, two of them at the edges
             ids = best(scores, ids, config.beam_blocks)
             level -= 1
             was_first, was_last = first, last
@@ -266,11 +266,11 @@ class TreeSearch(BoundSelectorByNeed):
         if self.positions is None:
             return out
         cos, sin = self._angles(ids, end, out)
-        turned = scratch.take("turned", out.shape, out)
-        return self.representative.turned(out, cos, sin, self.q.shape[-1], turned)
+        unrotated = scratch.take("unrotated", out.shape, out)
+        return self.representative.unrotate(out, cos, sin, self.q.shape[-1], unrotated)
 
     def _angles(self, ids: Tensor, end: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine `[heads, P, M, R / 2]` by which chunks are turned back: a position for
+        """Cosine and sine `[heads, P, M, R / 2]` by which chunks are rotated back: a position for
         each chunk up to the window."""
         assert self.positions is not None
         farthest = farthest_chunk(self.positions, self.config)
@@ -299,20 +299,20 @@ class TreeSearch(BoundSelectorByNeed):
         each = heads_here if count == 1 or heads_here * count <= size else 1
         for head in range(0, heads_here, each):
             some = slice(heads.start + head, heads.start + head + each)
-            lane = slice(head, head + each)
+            own = slice(head, head + each)
             for at in range(0, count, size):
                 part = slice(at, at + size)
-                summaries = self._gather(some, level, ids[lane, part], end[part]).flatten(0, 1)
-                own, into = (x[lane, part].flatten(0, 1) for x in (features, logits))
-                torch.bmm(own, summaries.transpose(1, 2), out=into)
+                summaries = self._gather(some, level, ids[own, part], end[part]).flatten(0, 1)
+                vectors, into = (x[own, part].flatten(0, 1) for x in (features, logits))
+                torch.bmm(vectors, summaries.transpose(1, 2), out=into)
         return self._aggregate(logits, invalid, near, level)
 
     def _aggregate(
         self, logits: Tensor, invalid: Tensor, near: Tensor | None, level: int
     ) -> Tensor:
         if near is not None:
-            # a chunk's logit stands for each of its keys: what is read anyway counts as so many
-            # chunks
+            # a chunk's logit stands for each of its keys: what is read anyway is divided by the
+            # number of keys in a chunk
             near = near - math.log(self.config.block_k << level)
         return aggregate(logits, self.config.score, self.softcap, invalid, near)
 
@@ -324,19 +324,19 @@ class TreeSearch(BoundSelectorByNeed):
         keys, size = self.keys[heads], self.config.block_k
         missing = ids == NO_CHUNK
         ids = ids.masked_fill(missing, 0)
-        lanes, index = head_rows_of(keys, size), block_index(keys, ids, size)
+        heads_rows, index = head_rows_of(keys, size), block_index(keys, ids, size)
         scores = q.new_empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         count, dim = ids.shape[2], keys.shape[-1]
         units, each = index.shape[2] // count, len(ids) * size * dim * keys.dtype.itemsize
         most = min(count, max(1, GATHERED_AT_ONCE // each))
-        picked = scratch.take("picked", (len(ids), most * units, lanes[0].width), keys)
+        picked = scratch.take("picked", (len(ids), most * units, heads_rows[0].width), keys)
         logits = scratch.take("logits", (len(ids), q.shape[2], count * size), q)
         for item in range(ids.shape[1]):
             for at in range(0, count, most):
                 end = min(at + most, count)
                 flat = picked[:, : (end - at) * units]
-                for head, lane in enumerate(lanes):
-                    lane.take(index[head, item, at * units : end * units], flat[head])
+                for head, rows in enumerate(heads_rows):
+                    rows.take(index[head, item, at * units : end * units], flat[head])
                 flat = flat.reshape(len(ids), -1, dim).to(q.dtype)
                 flat = self._turned(flat, ids[:, item, at:end], high[item])
                 into = logits[:, :, at * size : end * size]
@@ -356,7 +356,7 @@ class TreeSearch(BoundSelectorByNeed):
         angles = self._angles(ids[:, None], high[None], keys)
         # a block's keys turn alike
         cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)
-        return rotate(keys, cos, sin, back=True, out=scratch.take("turned", keys.shape, keys))
+        return rotate(keys, cos, sin, back=True, out=scratch.take("unrotated", keys.shape, keys))
 
 
 # The settings of the paper.

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 # Knuth's multiplier, 2 ** 32 over the golden ratio: neighbouring chunks get offsets that are far
 # apart.
 SPREAD = 2654435761
-# One row in so many is asked for its need.
+# One row in `ASKED` is asked for its need.
 ASKED = 2
-# Need is estimated from one key in so many, within limits that `sample` sets.
+# Need is estimated from one key in `SPACING`, within limits that `sample` sets.
 SPACING = 64
 # Votes, what each finds near, and how many of them walk the tree (`BoundSelectorByNeed._votes`).
 Votes = tuple[Tensor, Tensor | None, int]
@@ -50,7 +50,7 @@ Votes = tuple[Tensor, Tensor | None, int]
 @dataclass(frozen=True)
 class Options:
     """`weight`: share of the bound in `blend`, 0 to 1. `sample`: the most keys that need is
-    estimated from, one in 64. `descent`: of the votes by need, one in so many walks the tree, the
+    estimated from, one in 64. `descent`: of the votes by need, one in `descent` walks the tree, the
     neediest; all of them score what these find. `onward`: the share of a block's score, by the mass
     in its keys, that the block after it gets as well, 0 to 1."""
 
@@ -90,7 +90,7 @@ def votes_of(config: HiPConfig, rows: int, heads: int, whole: bool) -> int:
 
 
 def walkers_of(config: HiPConfig, votes: int) -> int:
-    """How many of so many votes by need walk the tree: all, where nothing is scored again at its
+    """How many of `votes` by need walk the tree: all, where nothing is scored again at its
     end."""
     return -(-votes // base.options_of(config, Options).descent) if config.rescore_blocks else votes
 
@@ -171,8 +171,8 @@ class BoundSelectorByNeed(base.BoundSelector):
             return q, None, q.shape[2]
         # query blocks of one call follow one another
         q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
-        voters = q.shape[1] if config.group_shared else 1
-        count, asked = votes_of(config, rows, voters, whole), asked_rows(config, rows)
+        heads_per_mask = q.shape[1] if config.group_shared else 1
+        count, asked = votes_of(config, rows, heads_per_mask, whole), asked_rows(config, rows)
         some = slice(asked.start, asked.stop, asked.step)
         q = self._grouped(q[:, :, :, some].to(self.pyramid.dtype) * self.scale)
         near = self._grouped(near.unflatten(2, (-1, rows, 1))[:, :, :, some])[..., 0]

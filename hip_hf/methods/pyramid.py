@@ -45,8 +45,8 @@ class Representative:
         """What a query multiplies a row with: `[..., D]` -> `[..., F]`."""
         return q
 
-    def turned(self, rows: Tensor, cos: Tensor, sin: Tensor, dim: int, out: Tensor) -> Tensor:
-        """Rows `[..., width]`, of keys with `dim` numbers, turned back by angles `[..., R / 2]`,
+    def unrotate(self, rows: Tensor, cos: Tensor, sin: Tensor, dim: int, out: Tensor) -> Tensor:
+        """Rows `[..., width]`, of keys with `dim` numbers, rotated back by angles `[..., R / 2]`,
         into `out`."""
         vectors, into = rows.unflatten(-1, (-1, dim)), out.unflatten(-1, (-1, dim))
         rotate(vectors, cos[..., None, :], sin[..., None, :], back=True, out=into)
@@ -99,9 +99,9 @@ class CentreSpread(Representative):
     def features(self, q: Tensor) -> Tensor:
         return torch.cat([q, q.abs()], dim=-1)
 
-    def turned(self, rows: Tensor, cos: Tensor, sin: Tensor, dim: int, out: Tensor) -> Tensor:
-        # the box around a turned box: its half width in a direction is what both of its sides reach
-        # there
+    def unrotate(self, rows: Tensor, cos: Tensor, sin: Tensor, dim: int, out: Tensor) -> Tensor:
+        # the box around a rotated box: its half width in a direction is what both of its sides
+        # reach there
         rotate(rows[..., :dim], cos, sin, back=True, out=out[..., :dim])
         half, cos, sin = cos.shape[-1], cos.abs(), sin.abs()
         spread, into = rows[..., dim:], out[..., dim:]

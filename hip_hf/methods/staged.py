@@ -258,7 +258,7 @@ class StagedSearch(base.BoundSelector):
     ) -> Tensor:
         """Logits `[heads, P, R, n]` of the voting rows for the keys at `position` `[heads, P, n]`,
         one or two of each chunk; `angles` `[heads, P, M, R / 2]`: by which each chunk's keys are
-        turned back."""
+        rotated back."""
         keys = self.keys[heads]
         picked = scratch.take("picked", (*position.shape, keys.shape[-1]), keys)
         for head in range(len(keys)):
@@ -267,8 +267,8 @@ class StagedSearch(base.BoundSelector):
         picked = picked.to(q.dtype)
         if angles is not None:
             cos, sin = (x.repeat_interleave(position.shape[2] // x.shape[2], 2) for x in angles)
-            turned = scratch.take("turned", picked.shape, picked)
-            picked = rotate(picked, cos, sin, back=True, out=turned)
+            unrotated = scratch.take("unrotated", picked.shape, picked)
+            picked = rotate(picked, cos, sin, back=True, out=unrotated)
         return q @ picked.transpose(2, 3)
 
 

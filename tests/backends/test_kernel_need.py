@@ -23,9 +23,9 @@ from hip_hf.geometry import QueryBlock, Span
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
-def turned(q: torch.Tensor, distance: torch.Tensor, case: Case) -> torch.Tensor:
-    """Queries `[H, rows, D]` turned by `distance` `[rows, keys]`, as they meet each un-rotated key:
-    `[H, rows, keys, D]`."""
+def rotated(q: torch.Tensor, distance: torch.Tensor, case: Case) -> torch.Tensor:
+    """Queries `[H, rows, D]` rotated by `distance` `[rows, keys]`, as they meet each un-rotated
+    key: `[H, rows, keys, D]`."""
     assert case.positions is not None
     rope = case.positions.rope
     half = rope.dim // 2
@@ -55,7 +55,7 @@ def logits_of(
     if distance is None:
         logits = q @ keys.transpose(-1, -2)
     else:
-        logits = (turned(q, distance, case) * keys[:, None]).sum(-1)
+        logits = (rotated(q, distance, case) * keys[:, None]).sum(-1)
     logits = logits * case.scale
     return logits if case.softcap is None else case.softcap * torch.tanh(logits / case.softcap)
 
@@ -105,7 +105,7 @@ def voted(case: Case, block_q: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     return votes.cpu(), near.cpu()
 
 
-def voters(need: torch.Tensor, config: HiPConfig, block: QueryBlock) -> list[tuple[int, int]]:
+def who_votes(need: torch.Tensor, config: HiPConfig, block: QueryBlock) -> list[tuple[int, int]]:
     """The rows and heads of a query block that vote, of need `[heads, rows]`: as (row, head), in
     order, those that walk the tree first."""
     heads, rows = need.shape
@@ -145,7 +145,7 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
             for precision in precisions(case.q, case.q.shape[-1]):
                 with precision:
                     rough.append(reference(case, span, block, case.q.dtype))
-            estimated = len(voters(exact[1], config, block)) < exact[1][:, asked].numel()
+            estimated = len(who_votes(exact[1], config, block)) < exact[1][:, asked].numel()
             got = (near[s, :, rows], need[s, :, rows])
             for name, mine, want, *same in zip(errors, got, exact, *rough, strict=True):
                 if name == "near" or estimated:
@@ -156,8 +156,8 @@ def check(case: Case, ranks_exactly: bool = True) -> None:
                     )
             ranks = exact[1] if ranks_exactly else got[1].double()
             for mask_head in range(votes.shape[1]):
-                own = slice(mask_head * voting.voters, (mask_head + 1) * voting.voters)
-                chosen = voters(ranks[own], config, block)
+                own = slice(mask_head * voting.members, (mask_head + 1) * voting.members)
+                chosen = who_votes(ranks[own], config, block)
                 at = slice(n * voting.slots, n * voting.slots + len(chosen))
                 cast[s, mask_head, at] = True
                 want = torch.stack([got[0][own][head, row] for row, head in chosen])
@@ -297,11 +297,11 @@ def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
     (span,), slots = case.spans, Voting.of(case.config, 3, block_q, True).slots
     for n, block in enumerate(case.blocks(span, block_q == 1)):
         exact = reference(case, span, block, torch.float64)
-        chosen = voters(exact[1], case.config, block)
+        chosen = who_votes(exact[1], case.config, block)
         row = torch.arange(block.first, block.last + 1)[:, None]
         distance = (row + 1 - block.window_start).clamp(max=39)
         rows = case.q[0, :, block.row : block.row + block.rows].double()
-        rows = turned(rows, distance, case)[:, :, 0]
+        rows = rotated(rows, distance, case)[:, :, 0]
         at = slice(n * slots, n * slots + len(chosen))
         for got, of_rows in ((votes, rows), (near, exact[0])):
             want = torch.stack([of_rows[head, row] for row, head in chosen])

@@ -52,7 +52,7 @@ ROPES = {
         "original_max_position_embeddings": 32,
     },
 }
-TURNED_BACK: dict[str, PreTrainedConfig] = {
+ROTATED_BACK: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**_BASE),
     "granite": GraniteConfig(**_BASE),
     "phi3": Phi3Config(**_BASE, partial_rotary_factor=0.5),
@@ -66,7 +66,7 @@ TURNED_BACK: dict[str, PreTrainedConfig] = {
 @pytest.fixture(autouse=True)
 def families(monkeypatch: pytest.MonkeyPatch) -> None:
     """The families of these tests are known to `make_model`, and trained for little."""
-    for name, config in {**FAMILIES, **PATCHED, **TURNED_BACK}.items():
+    for name, config in {**FAMILIES, **PATCHED, **ROTATED_BACK}.items():
         small = copy.deepcopy(config)
         small.max_position_embeddings = TRAINED
         if name not in ("gemma2", "qwen2_moe"):  # Qwen2-MoE's is used by no layer
@@ -89,7 +89,7 @@ def rows(x: torch.Tensor, lengths: list[int]) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral_full", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", *TURNED_BACK]
+    "family", ["llama", "mistral_full", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", *ROTATED_BACK]
 )
 def test_dense_within_the_trained_length(family: str) -> None:
     """`sink + budget + window` is all of it."""

@@ -33,8 +33,9 @@ from hip_hf.eval.tasks.common import load_tokenizer
 from hip_hf.integration.lm_eval.model import split_arguments
 from hip_hf.integration.lm_eval.registration import UsageError, register
 
-# fixtures; the first is for all tests of the module
-offline_and_on_one_thread, hooked = lm_eval_cases.offline_and_on_one_thread, lm_eval_cases.hooked
+# fixtures; the first two are for all tests of the module
+indexed_once, hooked = lm_eval_cases.indexed_once, lm_eval_cases.hooked
+offline_and_on_one_thread = lm_eval_cases.offline_and_on_one_thread
 
 META = {"max_seq_lengths": [700, 800], "samples": 3, "data_seed": 1}
 TASK = "hip_passkey"

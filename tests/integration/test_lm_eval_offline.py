@@ -13,12 +13,13 @@ pytest.importorskip("lm_eval")
 
 import datasets.config
 import huggingface_hub.constants
+import lm_eval_cases
 import lm_eval_ruler
 from lm_eval_cases import command
 
 from hip_hf.eval.measure.documents import CHECKPOINT
 
-theirs = lm_eval_ruler.theirs  # a fixture
+indexed_once, theirs = lm_eval_cases.indexed_once, lm_eval_ruler.theirs  # fixtures
 
 
 @pytest.fixture(autouse=True)

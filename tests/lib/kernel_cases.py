@@ -171,9 +171,9 @@ class Case:
             t = tensors_of(problem, span, out, lse)
             for i, block in enumerate(self.blocks(span)):
                 for head in range(self.q.shape[1]):
-                    lane, member = head // self.groups, head % self.groups
+                    kv_head, member = head // self.groups, head % self.groups
                     ids = self.chosen(at, head, i)[None, None]
-                    own = t.part(slice(lane, lane + 1), slice(member, member + 1))
+                    own = t.part(slice(kv_head, kv_head + 1), slice(member, member + 1))
                     attend(own, [block], ids, self.config.block_k)
         return out, lse
 

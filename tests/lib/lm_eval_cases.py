@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +40,21 @@ def end():
 if "RANK" in os.environ:
     atexit.register(end)
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def indexed_once() -> Iterator[None]:
+    """Every command reads lm-eval's thousands of task files: here once for each folder."""
+    from lm_eval.tasks.manager import TaskIndex
+
+    build = functools.cache(TaskIndex.build)
+
+    def copied(folders: list[Path]) -> dict[str, Any]:
+        return copy.deepcopy(build(tuple(folders)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -173,11 +173,11 @@ class Case:
             whole: bool,
         ) -> tuple[torch.Tensor, torch.Tensor, int]:
             (n,) = (laid.index(block) for block in blocks)
-            count = need.votes_of(config, laid[n].rows, voting.voters, whole)
+            count = need.votes_of(config, laid[n].rows, voting.members, whole)
             own = slice(n * voting.slots, n * voting.slots + count)
             walking = (
                 voting.walkers
-                if count < voting.voters * len(need.asked_rows(config, laid[n].rows))
+                if count < voting.members * len(need.asked_rows(config, laid[n].rows))
                 else count
             )
             return (

@@ -26,7 +26,7 @@ def positions(trained: int = 64, chunk_indexed: bool = False, **fields: Any) -> 
     return Positions(rope(**fields), trained, chunk_indexed)
 
 
-def turned(x: torch.Tensor, position: int, by: Rope) -> torch.Tensor:
+def rotated(x: torch.Tensor, position: int, by: Rope) -> torch.Tensor:
     """One vector `[D]` at a position, pair by pair."""
     out, half = x.clone(), len(by.inv_freq)
     for i in range(half):
@@ -37,14 +37,14 @@ def turned(x: torch.Tensor, position: int, by: Rope) -> torch.Tensor:
 
 def product(q: torch.Tensor, k: torch.Tensor, distance: int, by: Rope) -> float:
     """q . k at a distance, with the model's scaling of what turns on both sides."""
-    both = turned(q, distance, by)
+    both = rotated(q, distance, by)
     both[: by.dim] *= by.scaling**2
     return float(both @ k)
 
 
 @dataclass
 class Placed(brute.Search):
-    """The plain search for keys that are not rotated. `rows` are turned already, as if every key
+    """The plain search for keys that are not rotated. `rows` are rotated already, as if every key
     were just outside the window; `chunks` > 0: chunk-indexed, at most this many chunks away."""
 
     chunks: int | None = None
@@ -55,10 +55,10 @@ class Placed(brute.Search):
 
     def turn(self, x: torch.Tensor, back: int) -> torch.Tensor:
         assert self.by is not None
-        return turned(x, -back, self.by)
+        return rotated(x, -back, self.by)
 
     def box(self, level: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The box around the chunk's box when that is turned: corner by corner of each pair."""
+        """The box around the chunk's box when that is rotated: corner by corner of each pair."""
         assert self.by is not None
         inside = self.keys[index * self.size(level) : (index + 1) * self.size(level)]
         low, high, half = inside.amin(0), inside.amax(0), len(self.by.inv_freq)
@@ -138,7 +138,7 @@ def check_selection(
             continue
         distance = lambda p: min(p - high * config.block_k + 1, where.trained - 1)  # noqa: B023, E731
         own = [
-            [turned(q[0, g, p - (tokens - rows)], distance(p), where.rope) for g in range(2)]
+            [rotated(q[0, g, p - (tokens - rows)], distance(p), where.rope) for g in range(2)]
             for p in block
         ]
         placed = torch.stack([torch.stack(heads) for heads in own])

@@ -10,7 +10,7 @@ import torch
 from helpers import make_qkv, small
 from staged_by_hand import Written
 from tree_cases import layout, selected
-from with_rope import DIM, EXTENDED, positions, turned
+from with_rope import DIM, EXTENDED, positions, rotated
 
 from hip_hf import hip_attention
 from hip_hf.rope import Positions
@@ -19,7 +19,7 @@ STAGES = [[[16, 64, 1], [8, 32, 1], [4, 16, 1]], [[16, 32, 1], [4, 16, 1]], [[4,
 
 
 class Placed(Written):
-    """`rows` are turned already, as if every key were just outside the window, which begins with
+    """`rows` are rotated already, as if every key were just outside the window, which begins with
     key `end`. `chunks`: how far a chunk may be before it; None: not chunk-indexed."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Placed(Written):
         if self.chunks is not None:
             back = [min(max(0, last - at // size), self.chunks) for at in range(len(keys))]
             self.keys = torch.stack(
-                [turned(key, -n, self.where.rope) for key, n in zip(keys, back, strict=True)]
+                [rotated(key, -n, self.where.rope) for key, n in zip(keys, back, strict=True)]
             )
         try:
             return super().descend(chunks, size)
@@ -64,7 +64,7 @@ def test_every_stage_places_its_own_chunks(
             continue
         end = high * config.block_k
         placed = [
-            turned(q[0, g, p - (163 - rows)], min(p - end + 1, trained - 1), where.rope)
+            rotated(q[0, g, p - (163 - rows)], min(p - end + 1, trained - 1), where.rope)
             for g in range(2)
             for p in block
         ]

@@ -224,18 +224,18 @@ def watched_buffers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[in
 
 
 @pytest.mark.parametrize(
-    ("where", "turned"),
-    [(None, set()), (positions(64, True), {"turned"})],
+    ("where", "unrotated"),
+    [(None, set()), (positions(64, True), {"unrotated"})],
     ids=["plain", "extended"],
 )
 def test_all_stages_of_a_search_share_their_buffers(
-    where: Any, turned: set[str], monkeypatch: pytest.MonkeyPatch
+    where: Any, unrotated: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a worker keeps does not add up over the levels, the need and the rescoring."""
     search, blocks, near = make_search(small(rescore=2, query_stride=8), 163, 1, where)
     taken = watched_buffers(monkeypatch)
     search.select(slice(0, 1), blocks, near)
-    assert {name for name, _ in taken} == {"summaries", "logits", "picked"} | turned
+    assert {name for name, _ in taken} == {"summaries", "logits", "picked"} | unrotated
 
 
 # at once: summaries of query blocks, with 14 chunks of 2 * 16 numbers each; key blocks, of 4 * 16

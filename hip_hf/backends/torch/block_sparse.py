@@ -22,8 +22,8 @@ from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, scratch, widened
 # Bytes of logits that wait for a selection at most, in each worker, with room for those of what is
 # selected: enough query blocks to amortise the operations of a search.
 NEAR_AT_ONCE = 1 << 24
-# Keys of a contiguous range that lie in several pieces are read where they lie if a piece has so
-# many keys on average; shorter ones are brought together, so many keys at a time.
+# Keys of a contiguous range that lie in several pieces are read where they lie if a piece has
+# `KEYS_OF_A_PIECE` keys on average; shorter ones are brought together, `KEYS_AT_ONCE` at a time.
 KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
 
 
@@ -61,10 +61,10 @@ class Logits:
         first, count, n = blocks[0], len(blocks), blocks[0].rows
         q = t.q[:, :, rows_of_blocks(blocks)]
         self.t, self.blocks, self.near = t, blocks, near
-        self.lanes, self.groups, _, dim = q.shape
+        self.kv_heads, self.groups, _, dim = q.shape
         self.rows, self.count = self.groups * n, count
         if ids is None:
-            ids = torch.empty(self.lanes, count, 0, dtype=torch.long, device=q.device)
+            ids = torch.empty(self.kv_heads, count, 0, dtype=torch.long, device=q.device)
         (sink, window), picked = always_read(first), ids.shape[2] * block_k
         self.total = sink + picked + reserved + window
         self.places = [(sink, sink + picked)]
@@ -75,7 +75,7 @@ class Logits:
         self.picked, self.keys = picked, sink + picked + window
 
         self.like = q.new_empty(0, dtype=compute_dtype(q))
-        self.queries = scratch.take("q", (count, self.lanes, self.groups, n, dim), self.like)
+        self.queries = scratch.take("q", (count, self.kv_heads, self.groups, n, dim), self.like)
         self.queries.copy_(q.unflatten(2, (count, n)).permute(2, 0, 1, 3, 4))
         self.queries.mul_(t.scale)  # widened before it is scaled
         if t.positions is not None:
@@ -131,15 +131,15 @@ def near_logits(
     t: Tensors, blocks: list[QueryBlock], block_k: int, reserved: int, asked: range
 ) -> tuple[Tensor, Tensor]:
     """Logits `[len(blocks), heads, G * rows, reserved + sink + window]` of query blocks that are
-    `alike` for what they always read, behind room for those of so many selected keys, and the
-    log-sum-exp `[heads, G, len(blocks) * rows]` of each block's rows that are `asked`, in fp32 at
-    least; NaN for the others."""
+    `alike` for what they always read, behind room for those of `reserved` selected keys, and
+    the log-sum-exp `[heads, G, len(blocks) * rows]` of each block's rows that are `asked`, in fp32
+    at least; NaN for the others."""
     of = Logits(t, blocks, None, block_k, reserved=reserved)
-    shape, by_group = (of.count, of.lanes, of.rows, reserved + of.keys), (of.groups, -1)
+    shape, by_group = (of.count, of.kv_heads, of.rows, reserved + of.keys), (of.groups, -1)
     logits = scratch.take("near", shape, of.like)
     lse = torch.full(shape[:3], torch.nan, dtype=of.lse_dtype, device=of.like.device)
     some = slice(asked.start, asked.stop, asked.step)
-    wide = scratch.take("wide", (of.lanes, of.groups, len(asked), of.keys), lse)
+    wide = scratch.take("wide", (of.kv_heads, of.groups, len(asked), of.keys), lse)
     for i in range(of.count):
         own = logits[i, ..., reserved:]
         of.fill(i, own)
@@ -166,10 +166,10 @@ def partial(
     sink, window = always_read(blocks[0]) if near else (0, 0)
     values = Parts("v", t.v, blocks, (of.picked, sink, window), block_k)
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
-    outputs = scratch.take("out", (of.count, of.lanes, of.rows, t.v.shape[-1]), of.like)
+    outputs = scratch.take("out", (of.count, of.kv_heads, of.rows, t.v.shape[-1]), of.like)
     keys = of.picked + sink + window
     if known is None:  # one buffer for every query block
-        room = scratch.take("logits", (1, of.lanes, of.rows, keys), of.like)
+        room = scratch.take("logits", (1, of.kv_heads, of.rows, keys), of.like)
         known = room.expand(of.count, -1, -1, -1)
     lses: list[Tensor] = []
     for i in range(of.count):
@@ -245,11 +245,11 @@ class Parts:
         self.all = scratch.take(name, (heads, sum(sizes), dim), x)
         # the same for every query block
         self.all[:, picked : picked + sink] = x[:, first.start : first.start + sink]
-        self.lanes = head_rows_of(x, block_k)
-        into = [lane[:picked] for lane in self.all]
+        self.head_rows = head_rows_of(x, block_k)
+        into = [one[:picked] for one in self.all]
         self.picked = [
-            part.view(part.numel() // lane.width, lane.width)
-            for part, lane in zip(into, self.lanes, strict=True)
+            part.view(part.numel() // rows.width, rows.width)
+            for part, rows in zip(into, self.head_rows, strict=True)
         ]
         self.window = self.all[:, picked + sink :]
         self.windows = None
@@ -260,9 +260,9 @@ class Parts:
     def fill(self, i: int, chosen: tuple[Tensor, ...]) -> None:
         """Bring what the `i`-th query block reads: of each head the rows of its `chosen` key
         blocks, and the window."""
-        for lane, index, into in zip(self.lanes, chosen, self.picked, strict=True):
+        for rows, index, into in zip(self.head_rows, chosen, self.picked, strict=True):
             if len(index):
-                lane.take(index, into)
+                rows.take(index, into)
         if self.windows is not None:
             self.window.copy_(self.windows[i])
 
@@ -272,9 +272,9 @@ def attend_range(t: Tensors, block: QueryBlock) -> None:
     tile if they are many."""
     own = rows_of_blocks([block])
     q = t.q[:, :, own]
-    lanes, groups, n, dim = q.shape
+    kv_heads, groups, n, dim = q.shape
     like = q.new_empty(0, dtype=compute_dtype(q))
-    query = scratch.take("q", (lanes, groups, n, dim), like)
+    query = scratch.take("q", (kv_heads, groups, n, dim), like)
     query.copy_(q).mul_(t.scale)
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
     parts: list[tuple[Tensor, Tensor | None]] = []
@@ -296,8 +296,8 @@ def attend_range(t: Tensors, block: QueryBlock) -> None:
 
 def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
     """Where a read of the keys `start` to `end - 1` is cut: at the borders of its pieces in memory,
-    which are read where they lie, or, if these are short, so many keys at a time, which are brought
-    together."""
+    which are read where they lie, or, if these are short, every `KEYS_AT_ONCE` keys, which are
+    brought together."""
     borders = k.borders(start, end) if isinstance(k, PagedKeys) else []
     if borders and (end - start) // (len(borders) + 1) < KEYS_OF_A_PIECE:
         return list(range(start + KEYS_AT_ONCE, end, KEYS_AT_ONCE))
@@ -309,26 +309,26 @@ def _attend_tile(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge`
     with other tiles needs it."""
-    lanes, groups, n, _ = query.shape
+    kv_heads, groups, n, _ = query.shape
     k, v = (x[:, first:end].to(query.dtype) for x in (t.k, t.v))
-    logits = scratch.take("logits", (lanes, groups * n, end - first), k)
+    logits = scratch.take("logits", (kv_heads, groups * n, end - first), k)
     if t.positions is None:
         torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
     else:
         t.positions.dense_logits(query, k, block.first, block.last, first, out=logits)
     squash(logits, t.softcap)
-    by_row = logits.view(lanes, groups, n, end - first)
+    by_row = logits.view(kv_heads, groups, n, end - first)
     if n > 1 and end == block.last + 1:
         by_row[..., end - first - n :].masked_fill_(future(n, logits.device), -torch.inf)
     if t.sliding_window is not None:
         position = torch.arange(first, end, device=query.device)[None]
         _mask_sliding(by_row, position, block.first, t.sliding_window)
-    out = scratch.take("out", (lanes, groups * n, v.shape[-1]), k)
+    out = scratch.take("out", (kv_heads, groups * n, v.shape[-1]), k)
     lse = weigh_values(logits, v, out, t.lse is not None or t.sink_logits is not None or merge)
-    out = out.view(lanes, groups, n, -1)
+    out = out.view(kv_heads, groups, n, -1)
     if lse is None:
         return out, None
-    return (out.to(lse.dtype, copy=True) if merge else out), lse.view(lanes, groups, n)
+    return (out.to(lse.dtype, copy=True) if merge else out), lse.view(kv_heads, groups, n)
 
 
 def store(t: Tensors, rows: slice, out: Tensor, lse: Tensor | None) -> None:

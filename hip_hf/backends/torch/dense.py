@@ -28,14 +28,14 @@ def range_tasks(t: Tensors, first: int, span: Span) -> list[tuple[slice, QueryBl
     """Key heads and query rows for each `attend_range` of a dense computation of the query rows
     from `first` on: head by head, a single row for all heads at once, which takes as little as the
     operations that it is made of."""
-    tasks, lanes = [], t.q.shape[0]
-    each = lanes if span.rows == 1 else 1
+    tasks, kv_heads = [], t.q.shape[0]
+    each = kv_heads if span.rows == 1 else 1
     for row in range(first, span.rows, ROWS_AT_ONCE):
         last = min(row + ROWS_AT_ONCE, span.rows) - 1
         position = span.position + row
         start = 0 if t.sliding_window is None else max(0, position - t.sliding_window + 1)
         block = QueryBlock(row, position, span.position + last, start, start, 0, 0, start)
-        tasks += [(slice(head, head + each), block) for head in range(0, lanes, each)]
+        tasks += [(slice(head, head + each), block) for head in range(0, kv_heads, each)]
     return tasks
 
 

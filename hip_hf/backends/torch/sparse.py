@@ -304,7 +304,7 @@ class SparseAttention(BlockSparseCall):
         )
 
     def _room(self, steps: int) -> int:
-        """Most keys that a step reads under a selection for so many steps."""
+        """Most keys that a step reads under a selection that serves `steps` steps."""
         config, size = self.config, self.config.block_k
         sink = -(-config.sink // size) * size
         return sink + self.budget * size + config.window + size + steps

@@ -281,7 +281,7 @@ def delta(trial: Trial) -> None:
 
 
 def extended(trial: Trial) -> None:
-    """Context extension: q and k turned as they are read, of a prompt, its dense rows, a step."""
+    """Context extension: q and k rotated as they are read, of a prompt, its dense rows, a step."""
     config = replace(trial.config, extend="streaming")
     pairs = max(1, trial.heads.dim // 4)
     steps = torch.linspace(0, 1, pairs, dtype=torch.float32, device="cpu")

@@ -103,7 +103,7 @@ def voting_share(tokens: int, config: HiPConfig, shape: Shape) -> float:
     """The share of query rows that vote."""
     voting = voting_of(config, shape)
     votes = voting.votes_whole if searched_whole(tokens, config) else voting.votes
-    return votes / (voting.voters * config.block_q)
+    return votes / (voting.members * config.block_q)
 
 
 def vote(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:

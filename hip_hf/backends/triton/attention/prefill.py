@@ -20,7 +20,7 @@ from hip_hf.backends.triton.attention.operands import (
     row_tiles,
 )
 from hip_hf.backends.triton.common.addressing import offsets_in, page_of
-from hip_hf.backends.triton.common.rotation import partner, placed_queries, rotation, turned
+from hip_hf.backends.triton.common.rotation import partner, queries_with_rope, rotate, rotation
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
     always_read,
@@ -52,7 +52,7 @@ def _attend_tiles(
 ):  # fmt: skip
     """Tiles `low` to `high - 1` of BLOCK_N slots each: the online softmax's sums after them. From
     tile `clear` on, a row sees the slots up to its `latest` one; ROPE_HALF_DIM > 0: always from its
-    `earliest` one on, and keys are turned to `slots - shift`.
+    `earliest` one on, and keys are rotated to `slots - shift`.
 
     Where a tile's keys lie is found one tile ahead, and which blocks they belong to two tiles
     ahead. So no key waits for an index of the same turn, which is what lets the compiler fetch keys
@@ -84,7 +84,7 @@ def _attend_tiles(
                 mask=(d < dim)[None, :],
                 other=0.0,
             )
-            k = turned(k, other, tl.maximum(slots - shift, 0), d, cos, sin, ROPE_HALF_DIM).to(
+            k = rotate(k, other, tl.maximum(slots - shift, 0), d, cos, sin, ROPE_HALF_DIM).to(
                 k.dtype
             )
         logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
@@ -135,7 +135,7 @@ def attend_kernel(
 
     STRIDE 1: query rows as they come, in query blocks of BLOCK_Q. STRIDE > 1: rows 0, STRIDE, 2
     STRIDE, ... of each sequence, written side by side into row `sequence` of the output.
-    ROPE_HALF_DIM > 0: this many pairs of a head's numbers are turned, to places counted along the
+    ROPE_HALF_DIM > 0: this many pairs of a head's numbers are rotated, to places counted along the
     list of slots, and no row is farther than `trained - 1` from a key (`rope.py`).
     """
     tile = tl.program_id(0)
@@ -233,7 +233,7 @@ def attend_kernel(
         # a scope of its own, so that loaded queries are not kept in registers for the second turn
         if low < stop:
             farthest = tl.full([BLOCK_M * GROUP_PADDED], trained - 1, tl.int32)
-            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+            q = queries_with_rope(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
                 Q.dtype.element_ty
             )
             acc, m_i, l_i = _attend_tiles(
@@ -249,7 +249,7 @@ def attend_kernel(
         # (C7515).
         acc *= tl.exp2(m_i - tl.where(m_i == float("-inf"), 0.0, m_i))[:, None]
         low = tl.maximum(low, shift // BLOCK_N)
-        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+        q = queries_with_rope(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
             Q.dtype.element_ty
         )
     else:

@@ -1,9 +1,9 @@
 """Positions given inside the kernels, for context extension (InfiniteHiP, arXiv 2502.08910):
 `rope.py` has the rules.
 
-Queries and keys lie un-rotated in memory and are turned as they are loaded, by a row of a table for
-each place. No place is beyond the trained length but for the rounding to tiles, so the table does
-not grow with the context.
+Queries and keys lie un-rotated in memory and are rotated as they are loaded, by a row of a table
+for each place. No place is beyond the trained length but for the rounding to tiles, so the table
+does not grow with the context.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ def angles(place, d, cos, sin, ROPE_HALF_DIM: tl.constexpr):
 
 
 @triton.jit
-def turned(x, other, place, d, cos, sin, ROPE_HALF_DIM: tl.constexpr):
-    """Rows `[N, D]` turned to their places `[N]`, fp32. `d` `[D]`: which numbers of the head they
+def rotate(x, other, place, d, cos, sin, ROPE_HALF_DIM: tl.constexpr):
+    """Rows `[N, D]` rotated to their places `[N]`, fp32. `d` `[D]`: which numbers of the head they
     are; `other`: what is at `partner(d)`."""
     c, s = angles(place, d, cos, sin, ROPE_HALF_DIM)
     return x.to(tl.float32) * c + other.to(tl.float32) * s
 
 
 @triton.jit
-def turned_back(x, other, place, d, cos, sin, spread, ROPE_HALF_DIM: tl.constexpr):
-    """Rows `[N, D]` turned back by their places `[N]`, fp32. Where `spread` is true they are half
-    widths of boxes, and the result is those of the boxes around the turned ones. `other` and `d`
-    are as in `turned`."""
+def unrotate(x, other, place, d, cos, sin, spread, ROPE_HALF_DIM: tl.constexpr):
+    """Rows `[N, D]` rotated back by their places `[N]`, fp32. Where `spread` is true they are half
+    widths of boxes, and the result is those of the boxes around the rotated ones. `other` and `d`
+    are as in `rotate`."""
     c, s = angles(place, d, cos, sin, ROPE_HALF_DIM)
     c, s = tl.where(spread, tl.abs(c), c), tl.where(spread, tl.abs(s), -s)
     return x.to(tl.float32) * c + other.to(tl.float32) * s
 
 
 @triton.jit
-def placed_queries(pointers, inside, place, d, cos, sin, scaling, ROPE_HALF_DIM: tl.constexpr):
-    """Queries `[N, D]` at the int64 addresses `pointers` `[N]`, turned to their places and scaled
+def queries_with_rope(pointers, inside, place, d, cos, sin, scaling, ROPE_HALF_DIM: tl.constexpr):
+    """Queries `[N, D]` at the int64 addresses `pointers` `[N]`, rotated to their places and scaled
     for both sides of the product, fp32. Rows outside `inside` are 0, and their places must be in
     the table as well."""
     x = tl.load(pointers[:, None] + d[None, :], mask=inside, other=0.0)
     other = tl.load(pointers[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=inside, other=0.0)
     return (
-        turned(x, other, place, d, cos, sin, ROPE_HALF_DIM)
+        rotate(x, other, place, d, cos, sin, ROPE_HALF_DIM)
         * tl.where(d < 2 * ROPE_HALF_DIM, scaling, 1.0)[None, :]
     )
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import token_offsets
-from hip_hf.backends.triton.common.rotation import partner, turned
+from hip_hf.backends.triton.common.rotation import partner, rotate
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -62,7 +62,7 @@ def key_logits(
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
     """Return the logits `[M, N]`, base 2, of the rows q `[M, D]` and the keys at `position` `[N]`:
-    -inf where a row has not `seen` `[M, N]` them. ROPE_HALF_DIM > 0: keys are turned to their
+    -inf where a row has not `seen` `[M, N]` them. ROPE_HALF_DIM > 0: keys are rotated to their
     `place` `[N]`."""
     d = tl.arange(0, D)
     at = token_offsets(
@@ -74,7 +74,7 @@ def key_logits(
         other = tl.load(
             k_base + at[:, None] + partner(d, ROPE_HALF_DIM)[None, :], mask=there, other=0.0
         )
-        k = turned(k, other, place, d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
+        k = rotate(k, other, place, d, cos, sin, ROPE_HALF_DIM).to(k.dtype)
     logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
     return tl.where(seen, logits, float("-inf"))
 

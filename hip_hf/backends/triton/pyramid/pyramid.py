@@ -48,7 +48,7 @@ class KeyPyramid:
 
     `table` `[S, Hkv, rows, width]`, in the keys' dtype: chunk `i` of level `l` is row
     `((2 * i + 1) << l) - 1`. `states` fp32 `[S, Hkv, rows, state]`: what parents are merged from.
-    `built` int32 `[S, lanes]`, one entry per program that extends it. Memory: about
+    `built` int32 `[S, programs]`, one entry per program that extends it. Memory: about
     `2 * width / (block_k * D)` of the keys'.
     """
 
@@ -70,14 +70,14 @@ class KeyPyramid:
         """Nothing is built yet; for up to `capacity` keys a sequence."""
         blocks = max(1, capacity // config.block_k)
         tiles, parts = max(1, blocks >> TILE_LEVELS), parts_of(config)
-        lanes = heads * -(-dim // constants(config, dim, 1, False)["BD"])
+        programs = heads * -(-dim // constants(config, dim, 1, False)["BD"])
         table = (sequences, heads, 2 * blocks, parts * dim)
         states = (sequences, heads, 2 * tiles, (parts + 1) * dim)
         return KeyPyramid(
             config,
             torch.empty(table, dtype=dtype, device=device),
             torch.empty(states, dtype=torch.float32, device=device),
-            torch.zeros(sequences, lanes, dtype=torch.int32, device=device),
+            torch.zeros(sequences, programs, dtype=torch.int32, device=device),
         )
 
     @property
@@ -126,8 +126,8 @@ class KeyPyramid:
             self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0),
             config.window, weight)  # fmt: skip
         fixed = constants(config, self.dim, block_q, append) | dict(PAGE_SIZE=kv.page_size)
-        lanes, count = self.built.shape[1], sequences.count
+        programs, count = self.built.shape[1], sequences.count
         if not append and blocks:
             tiles = -(-blocks >> TILE_LEVELS)
-            summaries.tiles_kernel[(tiles, lanes, count)](*arguments, **fixed)
-        summaries.append_kernel[(lanes, count)](*arguments, BUILD=append, **fixed)
+            summaries.tiles_kernel[(tiles, programs, count)](*arguments, **fixed)
+        summaries.append_kernel[(programs, count)](*arguments, BUILD=append, **fixed)

@@ -185,16 +185,16 @@ def append_kernel(
     their roots are merged.
     """
     PARTS: tl.constexpr = (DIM + BD - 1) // BD
-    lane = tl.program_id(0)
+    program = tl.program_id(0)
     sequence = tl.program_id(1)
     batch, key_start, _, rows, position = load_sequence(sequences, stride_field, sequence)
     needed = blocks_needed(rows, position, window, BLOCK_Q, BLOCK_K)
-    built += sequence * tl.num_programs(0) + lane
+    built += sequence * tl.num_programs(0) + program
     done = tl.load(built)
     if needed <= done:
         return
-    head = lane // PARTS
-    d = (lane % PARTS) * BD + tl.arange(0, BD)
+    head = program // PARTS
+    d = (program % PARTS) * BD + tl.arange(0, BD)
     table += sequence.to(tl.int64) * stride_sequence + head.to(tl.int64) * stride_head
     states += sequence.to(tl.int64) * stride_state_sequence + head.to(tl.int64) * stride_state_head
     if BUILD:

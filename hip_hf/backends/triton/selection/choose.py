@@ -16,7 +16,7 @@ from hip_hf.backends.triton.common.sequences import (
     query_block,
     still_serves,
 )
-from hip_hf.backends.triton.selection.scoring import add_masses, voters
+from hip_hf.backends.triton.selection.scoring import add_masses, voting_rows
 from hip_hf.backends.triton.selection.select import (
     NEVER,
     entry_of,
@@ -35,11 +35,11 @@ def merged_masses(
 ):  # fmt: skip
     """What the rows of a tile found in all keys of a search's blocks, as `block_masses` says of
     those of one look."""
-    slot, lane = tl.arange(0, N), tl.arange(0, BLOCK_M)
+    slot, column = tl.arange(0, N), tl.arange(0, BLOCK_M)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     mass = tl.full([N, BLOCK_M], 0.0 if MASS else -float("inf"), tl.float32)
     for look in range(LOOKS):
-        at = found + (look * TILES + tile) * ((N + 1) * BLOCK_M) + lane
+        at = found + (look * TILES + tile) * ((N + 1) * BLOCK_M) + column
         more = tl.load(at[None, :] + slot[:, None] * BLOCK_M)
         if MASS:
             level = tl.load(at + N * BLOCK_M)
@@ -63,7 +63,7 @@ def choose(
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
         mass, m_i = merged_masses(found, tile, LOOKS, TILES, N, NARROW, MASS)
-        voting = voters(tile, last_row, last, first, NARROW, SAMPLES, STRIDE, GROUP)[2]
+        voting = voting_rows(tile, last_row, last, first, NARROW, SAMPLES, STRIDE, GROUP)[2]
         scores = add_masses(
             scores, mass, m_i, near, stride_near, tile, last_row, last, first, voting, NARROW,
             SAMPLES, STRIDE, GROUP, MASS, WEIGHED)  # fmt: skip
@@ -77,7 +77,7 @@ def choose_kernel(
     M: tl.constexpr, KEPT_LAST: tl.constexpr, OUT: tl.constexpr, LOOKS: tl.constexpr,
     TILES: tl.constexpr, NARROW: tl.constexpr, TILES_WHOLE: tl.constexpr,
     NARROW_WHOLE: tl.constexpr, FOUND: tl.constexpr, CHOSEN: tl.constexpr, WEIGHED: tl.constexpr,
-    VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, SPACING: tl.constexpr,
+    MEMBERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr, SPACING: tl.constexpr,
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     ONWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +105,8 @@ def choose_kernel(
         return
 
     near, last_row, first, last = votes_near(
-        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS,
-        VOTES, VOTES_WHOLE, MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN,
+        MEMBERS, VOTES, VOTES_WHOLE, MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
     number = number.to(tl.int64)
     found += number * FOUND
     if high - low <= MOST:

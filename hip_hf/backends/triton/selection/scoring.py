@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import offsets_in, page_of
-from hip_hf.backends.triton.common.rotation import partner, turned_back
+from hip_hf.backends.triton.common.rotation import partner, unrotate
 from hip_hf.backends.triton.common.tiles import scaled_with_slope
 
 
 @triton.jit
-def voters(
+def voting_rows(
     tile, last_row, last, first, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -31,13 +31,13 @@ def voters(
 
 
 @triton.jit
-def voting_rows(
+def voting_offsets(
     tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr,
     STRIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Return offsets (int64, from the group's first head) and validity of voting rows, `[BLOCK_M]`
     each."""
-    head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
+    head, row, voting = voting_rows(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     return head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt, voting
 
 
@@ -49,7 +49,7 @@ def near_share(
     """Return what voting rows find `near`, `[BLOCK_M]`, as one more candidate of a softmax from
     whose logits `m_i` `[BLOCK_M]` is subtracted. A candidate's logit stands for each of its keys
     (`log_keys`). It is loaded when it is needed: held, it would take registers from the tiles."""
-    head, row, voting = voters(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
+    head, row, voting = voting_rows(tile, last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)
     found = tl.load(near + head.to(tl.int64) * stride_near + row, mask=voting, other=-float("inf"))
     return tl.exp(found - log_keys - m_i)
 
@@ -62,7 +62,7 @@ def chunk_logits(
 ):  # fmt: skip
     """Logits `[M, BLOCK_M]` of the chunks in the table's rows `at` `[M]`: `PARTS` 2 multiplies
     `[q, |q|]` with centre and spread. `FEATURES` numbers of the head dim at a time. `ROPE_HALF_DIM`
-    > 0: chunks are turned back by `back` `[M]` places (`methods/pyramid.py`)."""
+    > 0: chunks are rotated back by `back` `[M]` places (`methods/pyramid.py`)."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     # a table may hold more than 2**31 numbers
@@ -85,9 +85,7 @@ def chunk_logits(
             to_other = table + part * DIM + at[:, None]
             to_other += partner(d + inner, ROPE_HALF_DIM)[None, :]
             other = tl.load(to_other, mask=(d + inner < DIM)[None, :], other=0.0)
-            a = turned_back(a, other, back, d + inner, cos, sin, part > 0, ROPE_HALF_DIM).to(
-                a.dtype
-            )
+            a = unrotate(a, other, back, d + inner, cos, sin, part > 0, ROPE_HALF_DIM).to(a.dtype)
         if PARTS > 1:
             b = tl.where(part > 0, tl.abs(b), b)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
@@ -109,7 +107,7 @@ def score_chunks(
     scores = tl.full([M], 0.0 if MASS else -float("inf"), tl.float32)
     edge_scores = tl.full([EDGES], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(tiles):
-        offsets, voting = voting_rows(
+        offsets, voting = voting_offsets(
             tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP
         )
         if HAS_EDGES:
@@ -157,7 +155,7 @@ def block_masses(
     """What voting rows find in `keys` keys, from number `first_key` on, of each of the key blocks
     `ids` `[N]`: `[N, BLOCK_M]` and `[BLOCK_M]`. For `mass`, sums of exponentials, and the rows'
     greatest logits, which were subtracted; else the best logits, and minus infinity.
-    `ROPE_HALF_DIM` > 0: keys are turned back by `back` `[N]` places."""
+    `ROPE_HALF_DIM` > 0: keys are rotated back by `back` `[N]` places."""
     CHUNKS: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     inner = tl.arange(0, FEATURES)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -188,7 +186,7 @@ def block_masses(
                 mask=(d < DIM)[None, :],
                 other=0.0,
             )
-            a = turned_back(a, other, back, d, cos, sin, False, ROPE_HALF_DIM).to(a.dtype)
+            a = unrotate(a, other, back, d, cos, sin, False, ROPE_HALF_DIM).to(a.dtype)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
         if part == CHUNKS - 1:
             logits = scaled_with_slope(logits, scale, SOFTCAP, SOFTCAP > 0)[0]
@@ -236,10 +234,10 @@ def score_blocks(
 ):  # fmt: skip
     """Scores `[N]` of key blocks `ids` by all their keys: `mass`, the rows' shares in a softmax
     over all keys of all the blocks and (`WEIGHED`) what the row finds `near`, summed, or the best
-    logit. `ROPE_HALF_DIM` > 0: keys are turned back by `back` `[N]` places."""
+    logit. `ROPE_HALF_DIM` > 0: keys are rotated back by `back` `[N]` places."""
     scores = tl.full([N], 0.0 if MASS else -float("inf"), tl.float32)
     for tile in range(TILES):
-        offsets, voting = voting_rows(
+        offsets, voting = voting_offsets(
             tile, last_row, last, first, row_stride_h, row_stride_t, BLOCK_M, SAMPLES, STRIDE, GROUP
         )
         mass, m_i = block_masses(

@@ -120,7 +120,7 @@ def search_tile(
 ) -> SearchTile:
     """Chosen so that nothing spills in half precision (`hip-hf kernels`); with many `candidates`,
     all of whose logits are held, or more `votes` than a tile has rows, in smaller steps. fp32, and
-    chunks that are turned as they are loaded (`indexed`), take several registers where others take
+    chunks that are rotated as they are loaded (`indexed`), take several registers where others take
     one. With 16 warps the search stays off Blackwell's tensor memory, whose passes in Triton 3.7
     fail on it."""
     warps = 16 if target.startswith("sm10") else 8
@@ -172,9 +172,9 @@ def constants(
     if long:
         kept = max(kept, kept_last)
     voting = Voting.of(config, group, block_q, positions is not None)
-    heads = 1 if voting.chosen else voting.voters  # chosen votes lie side by side, as of one head
+    heads = 1 if voting.chosen else voting.members  # chosen votes lie side by side, as of one head
     indexed = positions is not None and positions.chunk_indexed
-    votes = max(voting.votes, voting.voters)
+    votes = max(voting.votes, voting.members)
     shape = shape or search_tile(target, dtype, indexed, 2 * kept, votes)
     part = max(16, dim & -dim)  # parts of the head dim that do not divide it cost masks
     features = min(shape.features, part)
@@ -194,10 +194,10 @@ def constants(
         NARROW_WHOLE=narrow_whole, FOUND=looks * found, BUDGET=budget, KEEP=keep, LAST=last,
         MOST=most, LIMIT=limit, M=2 * kept, KEPT=kept, KEPT_LAST=kept_last, RESCORE=rescore,
         START_LEVEL_IN_MEMORY=long, STATEFUL=stateful, BLOCK_Q=block_q, BLOCK_K=bk,
-        HEADS_PER_KEY=group // voting.voters, BLOCK_M=rows, TILES=tiles,
+        HEADS_PER_KEY=group // voting.members, BLOCK_M=rows, TILES=tiles,
         SAMPLES=voting.slots // heads, STRIDE=1 if voting.chosen else voting.stride,
         GROUP=heads, MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed,
-        CHOSEN=voting.chosen, VOTERS=voting.voters, VOTES=voting.votes,
+        CHOSEN=voting.chosen, MEMBERS=voting.members, VOTES=voting.votes,
         VOTES_WHOLE=voting.votes_whole, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
         FEATURES=features, FEATURES_LAST=min(shape.features_last, part), PARTS=parts_of(config),
         steps=parts_of(config) * -(-dim // features), OUT=tile(budget),
@@ -234,7 +234,7 @@ def chunk_rotation(
     positions: Positions | None, config: HiPConfig, stand_in: torch.Tensor
 ) -> dict[str, Any]:
     """Return the arguments with which the search turns chunks back, as `rotation` makes them. With
-    relative positions no chunk is turned, for the votes are. `stand_in`: any tensor on the
+    relative positions no chunk is rotated, for the votes are. `stand_in`: any tensor on the
     device."""
     indexed = positions if positions is not None and positions.chunk_indexed else None
     tables = rotation(indexed, 0, stand_in)

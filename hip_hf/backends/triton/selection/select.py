@@ -29,7 +29,7 @@ from hip_hf.backends.triton.selection.scoring import (
     near_share,
     score_blocks,
     score_chunks,
-    voting_rows,
+    voting_offsets,
 )
 from hip_hf.backends.triton.selection.topk import (
     ABSENT,
@@ -97,7 +97,7 @@ def lay_out(first, window, sink, sliding, BLOCK_K: tl.constexpr):
 @triton.jit
 def votes_near(
     near, row, index, row_start, last_row, first, last, candidates, stride_near,
-    CHOSEN: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    CHOSEN: tl.constexpr, MEMBERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
     MOST: tl.constexpr, SPACING: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Return a pointer to what the votes of a query block find near, fp32, and their rows: the last
@@ -105,7 +105,8 @@ def votes_near(
     near += row.to(tl.int64) * GROUP * stride_near
     if CHOSEN:
         last_row = (
-            count_votes(last - first + 1, candidates, VOTERS, VOTES, VOTES_WHOLE, MOST, SPACING) - 1
+            count_votes(last - first + 1, candidates, MEMBERS, VOTES, VOTES_WHOLE, MOST, SPACING)
+            - 1
         )
         return near + index.to(tl.int64) * SAMPLES, last_row, first - first, last_row
     else:
@@ -134,9 +135,9 @@ def look(
         EACH: tl.constexpr = (BLOCK_K + LOOKS - 1) // LOOKS
         if LIST:
             tl.store(listed + slot, tl.where(inside, ids, -1), mask=part + slot * 0 == 0)
-        lane = tl.arange(0, BLOCK_M)
+        column = tl.arange(0, BLOCK_M)
         for tile in range(TILES):
-            offsets = voting_rows(
+            offsets = voting_offsets(
                 tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE, GROUP
             )[0]
             mass, m_i = block_masses(
@@ -144,13 +145,13 @@ def look(
                 batch, stride_kb, stride_kt, block_table, stride_table, q, offsets, scale, SOFTCAP,
                 N, BLOCK_K, PAGE_SIZE, BLOCK_M, MASS, DIM, FEATURES, PRECISION, back, cos, sin,
                 ROPE_HALF_DIM)  # fmt: skip
-            to = found + (part * TILES + tile) * ((N + 1) * NARROW) + lane
+            to = found + (part * TILES + tile) * ((N + 1) * NARROW) + column
             tl.store(
                 to[None, :] + slot[:, None] * NARROW,
                 mass,
-                mask=(slot[:, None] >= 0) & (lane < NARROW)[None, :],
+                mask=(slot[:, None] >= 0) & (column < NARROW)[None, :],
             )
-            tl.store(to + N * NARROW, m_i, mask=lane < NARROW)
+            tl.store(to + N * NARROW, m_i, mask=column < NARROW)
     else:
         scores = score_blocks(
             k, ids, inside, key_start, batch, stride_kb, stride_kt, block_table, stride_table, q,
@@ -188,7 +189,7 @@ def score_long(
     norms, once for the scores."""
     inner = tl.arange(0, M)
     for tile in range(tiles):
-        offsets, voting = voting_rows(
+        offsets, voting = voting_offsets(
             tile, last_row, block_last, block_first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE,
             GROUP)  # fmt: skip
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -239,7 +240,7 @@ def select_kernel(
     KEEP: tl.constexpr, LAST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr,
     M: tl.constexpr, KEPT: tl.constexpr, KEPT_LAST: tl.constexpr, RESCORE: tl.constexpr,
     START_LEVEL_IN_MEMORY: tl.constexpr, STATEFUL: tl.constexpr, CHOSEN: tl.constexpr,
-    WEIGHED: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    WEIGHED: tl.constexpr, MEMBERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
     WALKERS: tl.constexpr, SPACING: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PAGE_SIZE: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
@@ -258,16 +259,15 @@ def select_kernel(
     `MOST` chunks, or at level `LIMIT`. `STATEFUL`: a selection `made` less than `refresh` steps ago
     stays; one row at a time, for after a step of several rows the next one selects anew. `CHOSEN`:
     `q` is `[S, heads, blocks * SAMPLES, D]`, the votes that `votes.py` put side by side, of which
-    it says what VOTERS, VOTES, VOTES_WHOLE, WALKERS and SPACING mean. `WEIGHED`: `near` is what
+    it says what MEMBERS, VOTES, VOTES_WHOLE, WALKERS and SPACING mean. `WEIGHED`: `near` is what
     every vote, or row of a sequence, finds in any case. `ROPE_HALF_DIM` > 0: this many pairs of a
-    head's numbers turn, chunk-indexed, at most `farthest` chunks away. `LOOKS` > 1: this many
+    head's numbers rotate, chunk-indexed, at most `farthest` chunks away. `LOOKS` > 1: this many
     programs search, all for the same, and each looks at a part of the keys of each of the last
     blocks. These go into `listed`, int32 `[programs, KEPT_LAST]`, -1 where there is none (not those
     that are looked at whole); what `NARROW` rows of each tile, those that may vote, found in their
     keys into the `FOUND` numbers of a program's `scratch`, fp32
     `[LOOKS, TILES, KEPT_LAST + 1, NARROW]`, in the last place what was subtracted; of candidates
-    that are looked at whole `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. All else is left to
-    `choose.py`.
+    looked at whole `[LOOKS, TILES_WHOLE, M + 1, NARROW_WHOLE]`. The rest is left to `choose.py`.
     """
     index, row = place_of(first_program + tl.program_id(0), blocks)
     sequence = row // heads
@@ -302,12 +302,12 @@ def select_kernel(
     if CHOSEN:
         q += index.to(tl.int64) * SAMPLES * stride_qt
     near, last_row, first, last = votes_near(
-        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN, VOTERS,
-        VOTES, VOTES_WHOLE, MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
+        near, row, index, row_start, last_row, first, last, high - low, stride_near, CHOSEN,
+        MEMBERS, VOTES, VOTES_WHOLE, MOST, SPACING, SAMPLES, GROUP)  # fmt: skip
     # of the votes, the first walk the tree, and all look at the keys that these find
     walking_row, walking, tiles = last_row, last, TILES
     if CHOSEN:
-        walking = count_walkers(last + 1, own_rows, VOTERS, SPACING, WALKERS) - 1
+        walking = count_walkers(last + 1, own_rows, MEMBERS, SPACING, WALKERS) - 1
         walking_row = walking
         if TILES > 1:
             tiles = walking // BLOCK_M + 1

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, configuration, rows_of
-from hip_hf.backends.triton.common.rotation import placed_queries, rotation
+from hip_hf.backends.triton.common.rotation import queries_with_rope, rotation
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
     Sequences,
@@ -74,7 +74,7 @@ def need_kernel(
     Q, K, NEAR, NEED, SINKS, SEQUENCES, TABLE, MADE, COS, SIN, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt, stride_near, stride_field, stride_table, stride_made,
     sink_keys, window_keys, refresh, dim, scale, softcap, sliding, trained, scaling,
-    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
+    BUDGET: tl.constexpr, SAMPLE: tl.constexpr, MEMBERS: tl.constexpr, VOTES: tl.constexpr,
     VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr, STRIDE: tl.constexpr, RANKED: tl.constexpr,
     STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr,
@@ -144,7 +144,7 @@ def need_kernel(
         stop = tl.minimum(far, sink_length) + tl.maximum(far - sink_length - gap, 0)
         if stop > 0:
             farthest = tl.full([BLOCK_M * GROUP_PADDED], trained - 1, tl.int32)
-            q = placed_queries(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+            q = queries_with_rope(q_ptr, here, farthest, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
                 Q.dtype.element_ty
             )
             for i in tl.range(0, stop, BLOCK_N, disable_licm=True):
@@ -159,7 +159,7 @@ def need_kernel(
                     stride_kt, TABLE, stride_table, scale, softcap, dim, D, PAGE_SIZE, SOFTCAP,
                     PRECISION, 0)  # fmt: skip
                 m_i, l_i = add_logits(m_i, l_i, logits)
-        q = placed_queries(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+        q = queries_with_rope(q_ptr, here, own - shift, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
             Q.dtype.element_ty
         )
         for i in tl.range(0, end, BLOCK_N, disable_licm=True):
@@ -195,16 +195,16 @@ def need_kernel(
         while (high >> level) - ((low + (1 << level) - 1) >> level) > most:
             level += 1
         chunk, ends = (low + (1 << level) - 1) >> level, high >> level
-        asked = count_asked(own_rows, VOTERS, STRIDE)
+        asked = count_asked(own_rows, MEMBERS, STRIDE)
         # where all of them vote nothing is to be estimated
         votes = count_votes(
-            own_rows, (high - low) // BLOCK_K, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE
+            own_rows, (high - low) // BLOCK_K, MEMBERS, VOTES, VOTES_WHOLE, MOST, STRIDE
         )
         ends = tl.where(votes < asked, ends, chunk)
         m_i = tl.full([BLOCK_M * GROUP_PADDED], float("-inf"), tl.float32)
         if ROPE_HALF_DIM > 0:
             distance = tl.minimum(row_at + 1 - window, trained - 1)
-            q = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
+            q = queries_with_rope(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM).to(
                 Q.dtype.element_ty
             )
         for i in range(chunk, ends, BLOCK_N):
@@ -223,7 +223,7 @@ def need_kernel(
 def vote_kernel(
     Q, NEAR, NEED, VOTED, VOTED_NEAR, SEQUENCES, MADE, COS, SIN, stride_qb, stride_qh, stride_qt,
     stride_near, stride_field, stride_made, sink_keys, window_keys, refresh, sliding, trained,
-    scaling, BUDGET: tl.constexpr, VOTERS: tl.constexpr, VOTES: tl.constexpr,
+    scaling, BUDGET: tl.constexpr, MEMBERS: tl.constexpr, VOTES: tl.constexpr,
     VOTES_WHOLE: tl.constexpr, MOST: tl.constexpr, WALKERS: tl.constexpr, STRIDE: tl.constexpr,
     SLOTS: tl.constexpr, N: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr,
     WEIGHED: tl.constexpr, STATEFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -234,7 +234,7 @@ def vote_kernel(
     sequences. As in `need_kernel`, nothing where nothing is searched.
 
     Of every `STRIDE`-th row those of the greatest need (`RANKED`; of these the neediest `WALKERS`
-    first), or all. ROPE_HALF_DIM > 0: turned to where they select.
+    first), or all. ROPE_HALF_DIM > 0: rotated to where they select.
     """
     index, mask_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, _, row_start, rows, position = load_sequence(SEQUENCES, stride_field, sequence)
@@ -251,37 +251,37 @@ def vote_kernel(
     if candidates <= BUDGET:
         return
     own_rows = last - first + 1
-    total = count_votes(own_rows, candidates, VOTERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
+    total = count_votes(own_rows, candidates, MEMBERS, VOTES, VOTES_WHOLE, MOST, STRIDE)
     entry = (sequence * tl.num_programs(1) + mask_head).to(tl.int64)
-    lane = entry * VOTERS * stride_near + (first - position)
+    start = entry * MEMBERS * stride_near + (first - position)
     slot = tl.arange(0, KEPT)
     inside = slot < total
     skipped = (own_rows - 1) % STRIDE  # rows before the first that may vote
     ids, place = slot, slot
     if RANKED:
         every = tl.arange(0, N)  # by position, then by head
-        there = every < count_asked(own_rows, VOTERS, STRIDE)
-        at = skipped + every // VOTERS * STRIDE
+        there = every < count_asked(own_rows, MEMBERS, STRIDE)
+        at = skipped + every // MEMBERS * STRIDE
         need = tl.load(
-            NEED + lane + (every % VOTERS).to(tl.int64) * stride_near + at, mask=there, other=0.0
+            NEED + start + (every % MEMBERS).to(tl.int64) * stride_near + at, mask=there, other=0.0
         )
         none = first * 0 + ABSENT
         ids, needs, _ = keep_best(
             every, sort_keys(need, there), first, none, first, none, total, N, KEPT
         )
-        walking = count_walkers(total, own_rows, VOTERS, STRIDE, WALKERS)
+        walking = count_walkers(total, own_rows, MEMBERS, STRIDE, WALKERS)
         walks, _, _ = kept_of(needs, none, none, walking)
         before = tl.cumsum(walks, 0)  # with the slot itself
         place = tl.where(walks > 0, before - 1, walking + slot - before)
     ids = tl.where(inside, ids, 0)
-    row, member = skipped + ids // VOTERS * STRIDE, ids % VOTERS
+    row, member = skipped + ids // MEMBERS * STRIDE, ids % MEMBERS
     to = (entry * tl.num_programs(0) + index) * SLOTS + place
     if WEIGHED:
         near = tl.load(
-            NEAR + lane + member.to(tl.int64) * stride_near + row, mask=inside, other=0.0
+            NEAR + start + member.to(tl.int64) * stride_near + row, mask=inside, other=0.0
         )
         tl.store(VOTED_NEAR + to, near, mask=inside)
-    head = mask_head * VOTERS + member
+    head = mask_head * MEMBERS + member
     q_ptr = (
         Q
         + batch.to(tl.int64) * stride_qb
@@ -293,7 +293,7 @@ def vote_kernel(
         d = part + tl.arange(0, FEATURES)
         here = inside[:, None] & (d < DIM)[None, :]
         if ROPE_HALF_DIM > 0:
-            x = placed_queries(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM)
+            x = queries_with_rope(q_ptr, here, distance, d, COS, SIN, scaling, ROPE_HALF_DIM)
         else:
             x = tl.load(q_ptr[:, None] + d[None, :], mask=here, other=0.0)
         tl.store(VOTED + to[:, None] * DIM + d[None, :], x.to(VOTED.dtype.element_ty), mask=here)
@@ -311,7 +311,7 @@ def shared_arguments(
         stride_qh=q.stride(1), stride_qt=q.stride(2), stride_near=near.shape[-1],
         stride_field=sequences.table.stride(0), stride_made=0 if made is None else made.stride(0),
         sink_keys=config.sink, window_keys=config.window, refresh=config.decode_refresh,
-        sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks, VOTERS=voting.voters,
+        sliding=logits.sliding_window or 0, BUDGET=config.budget_blocks, MEMBERS=voting.members,
         VOTES=voting.votes, VOTES_WHOLE=voting.votes_whole, MOST=config.start_blocks,
         STRIDE=voting.stride, RANKED=voting.ranked, STATEFUL=made is not None, BLOCK_Q=block_q,
         BLOCK_K=config.block_k,
@@ -331,7 +331,7 @@ def need_arguments(
     kernel = configuration("decode" if block_q == 1 else "prefill", logits)
     shape = shape or tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
     if logits.positions is not None:
-        # queries are turned three times, keys as well: what waits to be used must be little
+        # queries are rotated three times, keys as well: what waits to be used must be little
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
     elif kv.page_size:
         # keys wait for the number of their page, which is looked up in the same turn
@@ -361,14 +361,14 @@ def vote_arguments(
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
     """Grid and arguments of `vote_kernel`, tensors as in `shared_arguments`; voted is
     `[S, H, blocks * slots, D]`, voted_near fp32 `[S, H, blocks * slots]`."""
-    needs = tile(voting.voters * voting.asked)
+    needs = tile(voting.members * voting.asked)
     arguments = dict(
         **shared_arguments(q, voting, sequences, config, logits, block_q, made, near, need),
         VOTED=voted, VOTED_NEAR=voted_near, WALKERS=voting.walkers, SLOTS=voting.slots, N=needs,
         KEPT=tile(voting.slots), WEIGHED=voting.weighed, DIM=q.shape[-1], FEATURES=FEATURES,
         **rotation(logits.positions, 0, q), num_warps=min(16, max(4, needs // NEEDS)),
     )  # fmt: skip
-    return (sequences.blocks(block_q), q.shape[1] // voting.voters, sequences.count), arguments
+    return (sequences.blocks(block_q), q.shape[1] // voting.members, sequences.count), arguments
 
 
 def votes_of(
@@ -376,12 +376,9 @@ def votes_of(
     block_q: int, made: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """What the search reads as its queries, and fp32 how much they find near, of query blocks that
-    search; elsewhere nothing is written.
-
-    Either the votes `[S, H, blocks * slots, D]`, those of a query block in its first slots, with
-    near `[S, H, blocks * slots]`; or q `[B, Hq, Tq, D]` itself with near `[S, Hq, rows]`, from the
-    first row of each sequence on (`Voting`).
-    """
+    search; elsewhere nothing is written. Either the votes `[S, H, blocks * slots, D]`, those of a
+    query block in its first slots, with near `[S, H, blocks * slots]`; or q `[B, Hq, Tq, D]` itself
+    with near `[S, Hq, rows]`, from the first row of each sequence on (`Voting`)."""
     voting = Voting.of(config, q.shape[1] // kv.heads, block_q, logits.positions is not None)
     call = (sequences, config, logits, block_q, made)
     near = need = q  # stand-ins that no kernel reads
@@ -392,7 +389,8 @@ def votes_of(
         need_kernel[grid](**arguments)
     if not voting.chosen:
         return q, near
-    shape = (sequences.count, q.shape[1] // voting.voters, sequences.blocks(block_q) * voting.slots)
+    mask_heads, slots = q.shape[1] // voting.members, sequences.blocks(block_q) * voting.slots
+    shape = (sequences.count, mask_heads, slots)
     voted = q.new_empty(*shape, q.shape[-1])
     voted_near = near.new_empty(shape) if voting.weighed else near
     grid, arguments = vote_arguments(q, voting, *call, near, need, voted, voted_near)

@@ -16,44 +16,44 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def count_asked(rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr):
-    """Return how many of a query block's `rows` rows of `VOTERS` heads may vote (scalars)."""
-    return VOTERS * ((rows - 1) // STRIDE + 1)
+def count_asked(rows, MEMBERS: tl.constexpr, STRIDE: tl.constexpr):
+    """Return how many of a query block's `rows` rows of `MEMBERS` heads may vote (scalars)."""
+    return MEMBERS * ((rows - 1) // STRIDE + 1)
 
 
 @triton.jit
 def count_votes(
-    rows, candidates, VOTERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
+    rows, candidates, MEMBERS: tl.constexpr, VOTES: tl.constexpr, VOTES_WHOLE: tl.constexpr,
     MOST: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return how many votes a query block of `rows` rows of `VOTERS` heads casts (scalars): at most
-    `VOTES`, or at most `VOTES_WHOLE` where its `candidates` are looked at whole, which is where
-    they are no more than `MOST`."""
+    """Return how many votes a query block of `rows` rows of `MEMBERS` heads casts (scalars): at
+    most `VOTES`, or at most `VOTES_WHOLE` where its `candidates` are looked at whole, which is
+    where they are no more than `MOST`."""
     most = VOTES
     if VOTES_WHOLE > VOTES:
         most = tl.where(candidates <= MOST, VOTES_WHOLE, VOTES)
-    return tl.where(rows == 1, VOTERS, tl.minimum(count_asked(rows, VOTERS, STRIDE), most))
+    return tl.where(rows == 1, MEMBERS, tl.minimum(count_asked(rows, MEMBERS, STRIDE), most))
 
 
 @triton.jit
-def count_walkers(votes, rows, VOTERS: tl.constexpr, STRIDE: tl.constexpr, WALKERS: tl.constexpr):
+def count_walkers(votes, rows, MEMBERS: tl.constexpr, STRIDE: tl.constexpr, WALKERS: tl.constexpr):
     """Return how many of the `votes` of a query block of `rows` rows walk the tree (scalars): all
     of them where all rows that may vote do."""
-    return tl.where(votes < count_asked(rows, VOTERS, STRIDE), tl.minimum(WALKERS, votes), votes)
+    return tl.where(votes < count_asked(rows, MEMBERS, STRIDE), tl.minimum(WALKERS, votes), votes)
 
 
 @dataclass(frozen=True)
 class Voting:
     """Who votes in a search: settled by settings and shapes alone.
 
-    `voters`: query heads that share a selection. Every `stride`-th row may vote, counted back from
+    `members`: query heads that share a selection. Every `stride`-th row may vote, counted back from
     a query block's last: `asked` of a full one. `votes`: of a full query block, of which `walkers`
     walk the tree; `votes_whole`: if candidates are looked at whole. `slots`: room for those of any.
     `ranked`: rows are chosen by need. `chosen`: votes are put side by side for the search, else it
     reads the queries themselves. `weighed`: the search counts how much a row finds near.
     """
 
-    voters: int
+    members: int
     votes: int
     votes_whole: int
     walkers: int
@@ -67,20 +67,21 @@ class Voting:
     @staticmethod
     def of(config: HiPConfig, group: int, block_q: int, extended: bool) -> Voting:
         """Return the voting of query blocks of `block_q` rows (1: decode) with `group` query heads
-        per key head. `extended`: whether votes are turned to their places under context
+        per key head. `extended`: whether votes are rotated to their places under context
         extension."""
-        voters, by_need = group if config.group_shared else 1, config.vote == "need"
+        members, by_need = group if config.group_shared else 1, config.vote == "need"
         stride = asked_rows(config, block_q).step if by_need else config.query_stride
         asked = -(-block_q // stride)
         of_need = (
-            votes_of(config, block_q, voters, whole) for whole in (False, config.rescore_blocks > 0)
+            votes_of(config, block_q, members, whole)
+            for whole in (False, config.rescore_blocks > 0)
         )
-        votes, votes_whole = of_need if by_need else (voters * asked,) * 2
-        slots = max(votes_whole, voters)
-        ranked = votes < voters * asked
+        votes, votes_whole = of_need if by_need else (members * asked,) * 2
+        slots = max(votes_whole, members)
+        ranked = votes < members * asked
         weighed = by_need and config.score == "mass"
         walkers = walkers_of(config, votes) if ranked else slots
         chosen = ranked or extended
         return Voting(
-            voters, votes, votes_whole, walkers, slots, stride, asked, ranked, chosen, weighed
+            members, votes, votes_whole, walkers, slots, stride, asked, ranked, chosen, weighed
         )
