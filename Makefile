@@ -39,8 +39,9 @@ build/transformers-%/.installed: tests/versions/%.txt | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
 
-# Kernels, compiled by every Triton for every kind of GPU, without one.
-test-tritons: $(TRITONS:%=test-triton-%)
+# Kernels, compiled by every Triton for every kind of GPU, without one. Each version keeps one core busy.
+test-tritons: $(INSTALLED)
+	printf '%s\n' $(TRITONS) | xargs -P $$(getconf _NPROCESSORS_ONLN) -I VERSION $(MAKE) test-triton-VERSION
 
 $(TRITONS:%=test-triton-%): test-triton-%: build/triton-%/.installed
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__version__"

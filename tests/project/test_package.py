@@ -26,21 +26,24 @@ LINKS = {
 COMMAND = ROOT / "hip_hf_cli.py"
 SOURCES = [COMMAND, *sorted(PACKAGE.rglob("*.py"))]
 IMPORT_MS = 50
+IMPORT_SHARE = 0.01
 MAX_LINES = 400
 MACHINE_PATH = re.compile(r"(?<![\w.:/~])/(?:home|root|tmp|opt|usr|mnt|srv|var|Users)/\w")
 
 IMPORT = """
 import json, sys, time
+# not the clock on the wall: that one measures what else the machine does
+began = time.process_time()
 from transformers import AttentionInterface
 # torch may have imported some of these already; if hip_hf wants them, it has to import them again
 lazy = {"triton", "matplotlib", "typer", "rich", "lm_eval", "datasets"}
 for name in [name for name in sys.modules if name.partition(".")[0] in lazy]:
     del sys.modules[name]
-# not the clock on the wall: that one measures what else the machine does
 start = time.process_time()
 import hip_hf
 ms = 1e3 * (time.process_time() - start)
-print(json.dumps({"ms": ms, "imported": sorted(lazy & set(sys.modules))}))
+before = 1e3 * (start - began)
+print(json.dumps({"ms": ms, "before": before, "imported": sorted(lazy & set(sys.modules))}))
 """
 
 KERNELS_AVAILABLE = """
@@ -69,18 +72,18 @@ def place(path: Path) -> str:
 
 
 def test_import_is_cheap() -> None:
-    """Best of five, counted from an imported Transformers, compiled as pip leaves it; the first
-    fast one decides."""
+    """50 ms, or on a slow machine a hundredth of what Transformers takes. Best of five, counted
+    from an imported Transformers, compiled as pip leaves it; the first fast one decides."""
     usual = {
         "PYTHONDONTWRITEBYTECODE": "",
         "COVERAGE_PROCESS_CONFIG": "",
     }  # `make coverage` watches every process it starts
-    times: list[float] = []
-    while len(times) < 5 and min(times, default=IMPORT_MS) >= IMPORT_MS:
+    tried: list[tuple[float, float]] = []
+    while len(tried) < 5 and all(ms >= allowed for ms, allowed in tried):
         found = json.loads(run(IMPORT, cwd=ROOT, **usual).splitlines()[-1])
         assert not found["imported"], f"import hip_hf imports {found['imported']}"
-        times.append(found["ms"])
-    assert min(times) < IMPORT_MS, f"import hip_hf took {[round(t) for t in times]} ms"
+        tried.append((found["ms"], max(IMPORT_MS, IMPORT_SHARE * found["before"])))
+    assert tried[-1][0] < tried[-1][1], f"import hip_hf took, of what is allowed, {tried} ms"
 
 
 @pytest.mark.parametrize("name", LINKS)

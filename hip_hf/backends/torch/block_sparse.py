@@ -21,7 +21,7 @@ from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, scratch, widened
 
 # Bytes of logits that wait for a selection at most, in each worker, with room for those of what is
 # selected: enough query blocks to amortise the operations of a search.
-NEAR_AT_ONCE = 1 << 24
+NEAR_AT_ONCE = 1 << 25
 # Keys of a contiguous range that lie in several pieces are read where they lie if a piece has
 # `KEYS_OF_A_PIECE` keys on average; shorter ones are brought together, `KEYS_AT_ONCE` at a time.
 KEYS_OF_A_PIECE, KEYS_AT_ONCE = 512, 4096
