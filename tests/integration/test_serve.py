@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 
 import hip_hf
 from hip_hf.cli import autoload
-from hip_hf.eval.measure import documents, real_model
+from hip_hf.eval.measure import documents
 from hip_hf_cli import app
 
 WORDS = 255
@@ -410,7 +410,7 @@ def test_plain_transformers_serve_after_autoload(checkpoint: Path, tmp_path: Pat
 def test_real_model_answers_eight_clients_as_generate_does(tmp_path: Path) -> None:
     """Prompts that are all read at once attend as in `generate`, the two that are pruned too:
     dense, these get other answers."""
-    folder = fetched(tmp_path / real_model.NAME)
+    folder = fetched()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(documents.DOCUMENT.read_text(encoding="utf-8"), verbose=False).input_ids
     texts = [

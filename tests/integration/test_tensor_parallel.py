@@ -65,7 +65,7 @@ def save_tiny(folder: Path) -> None:
 def save_real(folder: Path) -> None:
     """Of SmolLM2 the first layers, in float64: its logits are too large for single precision to
     agree in 1e-5."""
-    model, real = fetched(folder / "fetched"), folder / REAL
+    model, real = fetched(), folder / REAL
     real.mkdir()
     for file in model.iterdir():
         (real / file.name).symlink_to(file)
