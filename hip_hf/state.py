@@ -50,7 +50,7 @@ class Summaries(Shareable, Protocol):
         """Forget all but the first `blocks` blocks."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class KeptSelection:
     """Key blocks that the last decode step read: `ids` `[Hkv, S, 1, budget / block_k]`, or None
     where the budget covered all candidates. The window's start and the candidates stay as they were

@@ -136,7 +136,7 @@ def other_cache(what: str, extend: Any) -> ValueError:
 def unrotate(
     positions: Positions, query: torch.Tensor, key: torch.Tensor, cache: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn back the queries `[B, Hq, Tq, D]` and keys `[B, Hkv, Tk, D]` of a layer that rotates
+    """Rotate back the queries `[B, Hq, Tq, D]` and keys `[B, Hkv, Tk, D]` of a layer that rotates
     them itself: all the keys where this call brought them; a `HiPCache` has rotated back its own
     when they came. Raises ValueError for keys in a cache of another kind."""
     first = key.shape[2] - query.shape[2]

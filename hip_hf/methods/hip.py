@@ -241,7 +241,7 @@ class TreeSearch(BoundSelectorByNeed):
             block = blocks[item % len(blocks)]
             some = slice(block.low - first, block.high - first)
             own = keys[:, some.start * size : some.stop * size]
-            own = self._turned(own, ids[None, some], torch.tensor(block.high, device=device))
+            own = self._unrotated(own, ids[None, some], torch.tensor(block.high, device=device))
             most = max(1, VOTES_AT_ONCE // (len(q) * own.shape[1]))
             for at in range(0, q.shape[2], most):
                 votes = q[:, item, at : at + most]
@@ -324,21 +324,21 @@ class TreeSearch(BoundSelectorByNeed):
         keys, size = self.keys[heads], self.config.block_k
         missing = ids == NO_CHUNK
         ids = ids.masked_fill(missing, 0)
-        heads_rows, index = head_rows_of(keys, size), block_index(keys, ids, size)
+        head_rows, index = head_rows_of(keys, size), block_index(keys, ids, size)
         scores = q.new_empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         count, dim = ids.shape[2], keys.shape[-1]
         units, each = index.shape[2] // count, len(ids) * size * dim * keys.dtype.itemsize
         most = min(count, max(1, GATHERED_AT_ONCE // each))
-        picked = scratch.take("picked", (len(ids), most * units, heads_rows[0].width), keys)
+        picked = scratch.take("picked", (len(ids), most * units, head_rows[0].width), keys)
         logits = scratch.take("logits", (len(ids), q.shape[2], count * size), q)
         for item in range(ids.shape[1]):
             for at in range(0, count, most):
                 end = min(at + most, count)
                 flat = picked[:, : (end - at) * units]
-                for head, rows in enumerate(heads_rows):
+                for head, rows in enumerate(head_rows):
                     rows.take(index[head, item, at * units : end * units], flat[head])
                 flat = flat.reshape(len(ids), -1, dim).to(q.dtype)
-                flat = self._turned(flat, ids[:, item, at:end], high[item])
+                flat = self._unrotated(flat, ids[:, item, at:end], high[item])
                 into = logits[:, :, at * size : end * size]
                 torch.bmm(q[:, item], flat.transpose(1, 2), out=into)
             invalid = missing[:, item].repeat_interleave(size, -1)
@@ -348,13 +348,13 @@ class TreeSearch(BoundSelectorByNeed):
             scores[:, item] = found
         return scores
 
-    def _turned(self, keys: Tensor, ids: Tensor, high: Tensor) -> Tensor:
+    def _unrotated(self, keys: Tensor, ids: Tensor, high: Tensor) -> Tensor:
         """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block whose
         window begins with block `high` sees them."""
         if self.positions is None:
             return keys
         angles = self._angles(ids[:, None], high[None], keys)
-        # a block's keys turn alike
+        # a block's keys rotate alike
         cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)
         return rotate(keys, cos, sin, back=True, out=scratch.take("unrotated", keys.shape, keys))
 

@@ -65,8 +65,8 @@ KEPT_LAUNCHES, SELECTING_LAUNCHES = 2, 6
 # A prompt's pyramid and its votes take two each; then selection, attention, and the dense tail with
 # its combination.
 PROMPT_LAUNCHES = 8
-# Of a kept step, views included: keys and values turned and written (4), the windows' starts, the
-# output made and turned twice.
+# Of a kept step, views included: keys and values transposed and written (4), the windows' starts,
+# the output made and transposed twice.
 KEPT_OPERATIONS = 8
 # A selecting one makes room for votes besides.
 SELECTING_OPERATIONS = 9

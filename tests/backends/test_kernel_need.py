@@ -290,7 +290,7 @@ def test_extension_in_half_precision(dtype: torch.dtype, poison: None) -> None:
 
 
 @pytest.mark.parametrize("block_q", [16, 1])
-def test_votes_are_turned_to_where_they_select(block_q: int) -> None:
+def test_votes_are_rotated_to_where_they_select(block_q: int) -> None:
     spans = [whole(163, 5 if block_q == 1 else 32)]
     case = Case(small(query_stride=4), spans, groups=3, positions=positions(40))
     votes, near = voted(case, block_q)

@@ -129,7 +129,7 @@ def test_the_pyramid_compiles_for_amd() -> None:
     assert {row["target"] for row in found} == {"gfx942"}
 
 
-def test_queries_turned_twice_are_not_kept_between_turns() -> None:
+def test_queries_rotated_twice_are_not_kept_between_rotations() -> None:
     """They are loaded once for keys too far away and once for the rest; held in registers
     meanwhile, they would spill."""
     (row,) = rows(

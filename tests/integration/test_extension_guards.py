@@ -58,7 +58,9 @@ def test_models_with_heads_of_other_sizes_in_one_process(
 
 
 @pytest.mark.parametrize("factors", [(0.5, 0.25), (0.25, 0.5)])
-def test_models_that_turn_parts_of_other_sizes_in_one_process(factors: tuple[float, float]) -> None:
+def test_models_that_rotate_parts_of_other_sizes_in_one_process(
+    factors: tuple[float, float],
+) -> None:
     for factor in factors:
         config = StableLmConfig(**SMALL, partial_rotary_factor=factor)
         assert extension.rope_of(config).dim == 16 * factor
@@ -328,7 +330,7 @@ def test_unpatch_leaves_a_model_without_a_patcher_alone() -> None:
 
 @pytest.mark.parametrize("patched", [True, False])
 def test_gaps_in_position_ids(patched: bool) -> None:
-    """As docs/extension.md says: patched layers count keys; turned back, a gap stays one."""
+    """As docs/extension.md says: patched layers count keys; rotated back, a gap stays one."""
     model, batch = build(LlamaConfig(**SMALL), budget=104, extend="streaming"), make_batch([60])
     if not patched:
         turning_back(model)

@@ -125,7 +125,7 @@ def test_every_kind_of_rope(kind: str, patched: bool, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("method", ["hip", "dense"])
-def test_keys_turned_back_are_the_keys_before_rotation(family: str, method: str) -> None:
+def test_keys_rotated_back_are_the_keys_before_rotation(family: str, method: str) -> None:
     """Far beyond the trained length, where nothing but the positions of the rules is in reach."""
     batch = make_batch([500])
     model = extended(family, method=method)

@@ -43,7 +43,7 @@ def product(q: torch.Tensor, k: torch.Tensor, distance: int, by: Rope) -> float:
 
 
 @dataclass
-class Placed(brute.Search):
+class SearchWithRope(brute.Search):
     """The plain search for keys that are not rotated. `rows` are rotated already, as if every key
     were just outside the window; `chunks` > 0: chunk-indexed, at most this many chunks away."""
 
@@ -53,7 +53,7 @@ class Placed(brute.Search):
     def back(self, level: int, index: int) -> int:
         return 0 if self.chunks is None else min(self.complete(level)[-1] - index, self.chunks)
 
-    def turn(self, x: torch.Tensor, back: int) -> torch.Tensor:
+    def unrotate(self, x: torch.Tensor, back: int) -> torch.Tensor:
         assert self.by is not None
         return rotated(x, -back, self.by)
 
@@ -69,7 +69,7 @@ class Placed(brute.Search):
                 for b in (low[i + half], high[i + half]):
                     pair = torch.zeros(len(low), dtype=torch.float64)
                     pair[i], pair[i + half] = a, b
-                    corners.append(self.turn(pair, self.back(level, index)))
+                    corners.append(self.unrotate(pair, self.back(level, index)))
             for d in (i, i + half):
                 new_low[d] = min(corner[d] for corner in corners)
                 new_high[d] = max(corner[d] for corner in corners)
@@ -77,7 +77,7 @@ class Placed(brute.Search):
 
     def logit(self, row: torch.Tensor, level: int, index: int) -> float:
         inside = self.keys[index * self.size(level) : (index + 1) * self.size(level)]
-        at = lambda key: float(row @ self.turn(key, self.back(level, index)))  # noqa: E731
+        at = lambda key: float(row @ self.unrotate(key, self.back(level, index)))  # noqa: E731
         low, high = self.box(level, index)
         mean, bound = at(inside.mean(0)), float(torch.maximum(row * high, row * low).sum())
         name = self.config.representative
@@ -89,7 +89,7 @@ class Placed(brute.Search):
     def judged(self, blocks: list[int]) -> dict[int, float]:
         keys, size = self.keys, self.config.block_k
         parts = [
-            self.turn(key, self.back(0, j // size)) if j // size in blocks else key
+            self.unrotate(key, self.back(0, j // size)) if j // size in blocks else key
             for j, key in enumerate(keys)
         ]
         self.keys = torch.stack(parts)
@@ -144,7 +144,9 @@ def check_selection(
         placed = torch.stack([torch.stack(heads) for heads in own])
         placed[..., : where.rope.dim] *= where.rope.scaling**2
         chunks = farthest if where.chunk_indexed else None
-        search = Placed(config, k[0, 0], [], low, high, DIM**-0.5, chunks=chunks, by=where.rope)
+        search = SearchWithRope(
+            config, k[0, 0], [], low, high, DIM**-0.5, chunks=chunks, by=where.rope
+        )
         if config.vote == "sampled":
             search.votes = brute.sampled(placed, config.query_stride)
         else:

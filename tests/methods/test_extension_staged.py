@@ -18,7 +18,7 @@ from hip_hf.rope import Positions
 STAGES = [[[16, 64, 1], [8, 32, 1], [4, 16, 1]], [[16, 32, 1], [4, 16, 1]], [[4, 16, 1]]]
 
 
-class Placed(Written):
+class StagedWithRope(Written):
     """`rows` are rotated already, as if every key were just outside the window, which begins with
     key `end`. `chunks`: how far a chunk may be before it; None: not chunk-indexed."""
 
@@ -70,7 +70,7 @@ def test_every_stage_places_its_own_chunks(
         ]
         votes = torch.stack(placed)
         votes[:, : where.rope.dim] *= where.rope.scaling**2
-        search = Placed(
+        search = StagedWithRope(
             k[0, 0], votes, config.score, end, where, farthest if chunk_indexed else None
         )
         assert got[0, n] == search.run(stages, low, high, config.block_k), f"query block {n}"

@@ -112,7 +112,7 @@ def test_nothing_hides_a_key_of_a_short_middle(rows: int) -> None:
 @pytest.mark.parametrize("group_shared", [True, False])
 @pytest.mark.parametrize("query_stride", [1, 2, 3, 16, 40])
 @pytest.mark.parametrize("vote", ["need", "sampled"])
-def test_same_blocks_for_every_choice_of_voters(
+def test_same_blocks_for_every_choice_of_votes(
     query_stride: int, vote: str, group_shared: bool
 ) -> None:
     check(small(query_stride=query_stride, vote=vote, group_shared=group_shared), 99, 99)

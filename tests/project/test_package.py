@@ -39,11 +39,14 @@ from transformers import AttentionInterface
 lazy = {"triton", "matplotlib", "typer", "rich", "lm_eval", "datasets"}
 for name in [name for name in sys.modules if name.partition(".")[0] in lazy]:
     del sys.modules[name]
+there = set(sys.modules)
 start = time.process_time()
 import hip_hf
 ms = 1e3 * (time.process_time() - start)
 before = 1e3 * (start - began)
-print(json.dumps({"ms": ms, "before": before, "imported": sorted(lazy & set(sys.modules))}))
+lazy.add("transformers.models.auto.modeling_auto")  # takes as long as all of hip_hf
+imported = sorted(lazy & (set(sys.modules) - there))
+print(json.dumps({"ms": ms, "before": before, "imported": imported}))
 """
 
 KERNELS_AVAILABLE = """

@@ -19,8 +19,8 @@ from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, scratch, widened
 
-# Bytes of logits that wait for a selection at most, in each worker, with room for those of what is
-# selected: enough query blocks to amortise the operations of a search.
+# Bytes of logits that wait for a selection at most, in each worker, which keeps them, with room for
+# those of what is selected: enough query blocks to amortise the operations of a search.
 NEAR_AT_ONCE = 1 << 25
 # Keys of a contiguous range that lie in several pieces are read where they lie if a piece has
 # `KEYS_OF_A_PIECE` keys on average; shorter ones are brought together, `KEYS_AT_ONCE` at a time.
