@@ -408,8 +408,8 @@ def test_plain_transformers_serve_after_autoload(checkpoint: Path, tmp_path: Pat
 
 
 def test_real_model_answers_eight_clients_as_generate_does(tmp_path: Path) -> None:
-    """Prompts that are all read at once attend as in `generate`, the two that are pruned too: dense,
-    the shorter of these gets another answer."""
+    """Prompts that are all read at once attend as in `generate`, the two that are pruned too:
+    dense, the shorter of these gets another answer."""
     folder = fetched()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(documents.DOCUMENT.read_text(encoding="utf-8"), verbose=False).input_ids
