@@ -171,8 +171,8 @@ class BoundSelectorByNeed(base.BoundSelector):
             return q, None, q.shape[2]
         # query blocks of one call follow one another
         q = self.q[heads, :, first : first + len(blocks) * rows].unflatten(2, (-1, rows))
-        heads_per_mask = q.shape[1] if config.group_shared else 1
-        count, asked = votes_of(config, rows, heads_per_mask, whole), asked_rows(config, rows)
+        members = q.shape[1] if config.group_shared else 1
+        count, asked = votes_of(config, rows, members, whole), asked_rows(config, rows)
         some = slice(asked.start, asked.stop, asked.step)
         q = self._grouped(q[:, :, :, some].to(self.pyramid.dtype) * self.scale)
         near = self._grouped(near.unflatten(2, (-1, rows, 1))[:, :, :, some])[..., 0]

@@ -40,8 +40,8 @@ ASKED = [
 ]
 
 
-def test_hip_finds_what_dense_attention_finds(tmp_path: Path) -> None:
-    model = fetched(anew=tmp_path / real_model.NAME)
+def test_hip_finds_what_dense_attention_finds() -> None:
+    model = fetched()
     printed = run(
         needles_command.main, str(model), *ASKED, "--settings", "dense", "--settings", "defaults"
     )

@@ -12,13 +12,10 @@ from repository import ROOT
 from hip_hf.eval.measure import real_model
 
 
-def fetched(anew: Path | None = None) -> Path:
+def fetched() -> Path:
     """The model, in the working tree's `runs`: the first test that wants it fetches it there, and
-    tests of other processes wait. In CI a test may want it fetched once more, into the new folder
-    `anew`: by the packages that are installed, where another Transformers may have been first."""
+    tests of other processes wait."""
     folder = ROOT / real_model.FOLDER
-    if anew is not None and os.environ.get("CI"):
-        folder = anew
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         try:
