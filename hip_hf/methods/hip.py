@@ -79,6 +79,13 @@ def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or 
     return -(-x >> level)
 
 
+def _room_for(shape: tuple[int, ...], near: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A buffer for logits of that shape as `aggregate` takes them, with a column more for `near`,
+    and the part of it that is for logits."""
+    logits = scratch.take("logits", (*shape[:-1], shape[-1] + (near is not None)), like)
+    return logits, logits[..., : shape[-1]]
+
+
 def onward_of(config: HiPConfig) -> float:
     """The share of a block's score that the block after it gets as well: none of best logits, which
     are no shares."""
@@ -188,36 +195,39 @@ class TreeSearch(BoundSelectorByNeed):
         masks_per_kv_head = q.shape[1] // len(blocks)
         low = torch.tensor([b.low for b in blocks], device=device).repeat(masks_per_kv_head)  # [P]
         high = torch.tensor([b.high for b in blocks], device=device).repeat(masks_per_kv_head)
+        # Of every level: its complete chunks, those at their edges, and which of these the level
+        # above covers.
+        shift = torch.arange(level + 1, device=device)
+        first, last = _ceil_shift(low[:, None], shift), high[:, None] >> shift  # [P, levels]
+        edges = torch.stack([first, last - 1], dim=-1)
+        covered = [first[:, :-1] == 2 * first[:, 1:], last[:, :-1] == 2 * last[:, 1:]]
+        covered_edges = torch.stack(covered, dim=-1)
+        halves = torch.arange(2, device=device)
 
         # Start: every query block meets the same tile of chunks, so this level is one matrix
         # product.
-        first, last = _ceil_shift(low, level), high >> level
         tile = slice(min(-(-b.low >> level) for b in blocks), max(b.high >> level for b in blocks))
         ids = torch.arange(tile.start, tile.stop, device=device).expand(q.shape[0], len(low), -1)
-        invalid = (ids[0] < first[:, None]) | (ids[0] >= last[:, None])
+        invalid = (ids[0] < first[:, level:]) | (ids[0] >= last[:, level:])
         if self.positions is None:
             table, flat = self.pyramid.levels[level][heads, tile], features.flatten(1, 2)
-            logits = scratch.take("logits", (*flat.shape[:2], table.shape[1]), flat)
-            torch.bmm(flat, table.transpose(1, 2), out=logits)
+            logits, into = _room_for((*flat.shape[:2], table.shape[1]), near_walking, flat)
+            torch.bmm(flat, table.transpose(1, 2), out=into)
             logits = logits.view(*features.shape[:3], -1)
             scores = self._aggregate(logits, invalid, near_walking, level)
         else:  # the window of each query block is elsewhere
-            scores = self._scores(heads, level, features, ids, last, invalid, near_walking)
-        ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
+            end = last[:, level]
+            scores = self._scores(heads, level, features, ids, end, invalid, near_walking)
 
-        while level > 0:
+        for below in reversed(range(level)):
             # there are at least `beam_blocks`: one level below the start there are more than twice
             # as many, two of them at the edges
             ids = best(scores, ids, config.beam_blocks)
-            level -= 1
-            was_first, was_last = first, last
-            first, last = _ceil_shift(low, level), high >> level
-            edges = torch.stack([first, last - 1], dim=-1)  # [P, 2]
-            invalid = torch.stack([first == 2 * was_first, last == 2 * was_last], dim=-1)
-            children = torch.stack([2 * ids, 2 * ids + 1], dim=-1).flatten(-2)
-            ids = torch.cat([children, edges.expand(*ids.shape[:2], 2)], dim=-1)
-            scores = self._scores(heads, level, features, ids, last, invalid, near_walking)
-            ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
+            children = (2 * ids[..., None] + halves).flatten(-2)
+            ids = torch.cat([children, edges[:, below].expand(*ids.shape[:2], 2)], dim=-1)
+            end, invalid = last[:, below], covered_edges[:, below]
+            scores = self._scores(heads, below, features, ids, end, invalid, near_walking)
+        ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         if config.rescore_blocks:
             ids = best(scores, ids, config.rescore_blocks).sort(dim=-1).values
@@ -245,9 +255,9 @@ class TreeSearch(BoundSelectorByNeed):
             most = max(1, VOTES_AT_ONCE // (len(q) * own.shape[1]))
             for at in range(0, q.shape[2], most):
                 votes = q[:, item, at : at + most]
-                logits = scratch.take("logits", (*votes.shape[:2], own.shape[1]), q)
-                torch.bmm(votes, own.transpose(1, 2), out=logits)
                 found = None if near is None else near[:, item, at : at + most]
+                logits, into = _room_for((*votes.shape[:2], own.shape[1]), found, q)
+                torch.bmm(votes, own.transpose(1, 2), out=into)
                 part = aggregate(logits, config.score, self.softcap, None, found, size)
                 before = scores[:, item, some]
                 scores[:, item, some] = part if at == 0 else join(before, part)
@@ -261,8 +271,10 @@ class TreeSearch(BoundSelectorByNeed):
         chunk after the last one."""
         table = self.pyramid.levels[level][heads]
         out = scratch.take("summaries", (*ids.shape, table.shape[-1]), table)
-        for head in range(len(ids)):
-            torch.index_select(table[head], 0, ids[head].flatten(), out=out[head].flatten(0, 1))
+        rows = ids
+        if len(table) > 1:
+            rows = ids + torch.arange(len(table), device=ids.device)[:, None, None] * table.shape[1]
+        torch.index_select(table.flatten(0, 1), 0, rows.flatten(), out=out.flatten(0, 2))
         if self.positions is None:
             return out
         cos, sin = self._angles(ids, end, out)
@@ -292,7 +304,7 @@ class TreeSearch(BoundSelectorByNeed):
         `invalid`, `[P, m]`, masks the last of them; `near` as `_votes` gives it.
         """
         table, (heads_here, count, rows, _) = self.pyramid.levels[level], features.shape
-        logits = scratch.take("logits", (heads_here, count, rows, ids.shape[-1]), features)
+        logits, products = _room_for((heads_here, count, rows, ids.shape[-1]), near, features)
         size = max(1, GATHERED_AT_ONCE // (ids.shape[-1] * table.shape[-1] * table.itemsize))
         # all heads of a decode step's row at once, of which there is little; of more rows head by
         # head
@@ -303,7 +315,7 @@ class TreeSearch(BoundSelectorByNeed):
             for at in range(0, count, size):
                 part = slice(at, at + size)
                 summaries = self._gather(some, level, ids[own, part], end[part]).flatten(0, 1)
-                vectors, into = (x[own, part].flatten(0, 1) for x in (features, logits))
+                vectors, into = (x[own, part].flatten(0, 1) for x in (features, products))
                 torch.bmm(vectors, summaries.transpose(1, 2), out=into)
         return self._aggregate(logits, invalid, near, level)
 
@@ -330,8 +342,10 @@ class TreeSearch(BoundSelectorByNeed):
         units, each = index.shape[2] // count, len(ids) * size * dim * keys.dtype.itemsize
         most = min(count, max(1, GATHERED_AT_ONCE // each))
         picked = scratch.take("picked", (len(ids), most * units, head_rows[0].width), keys)
-        logits = scratch.take("logits", (len(ids), q.shape[2], count * size), q)
+        shape = (len(ids), q.shape[2], count * size)
         for item in range(ids.shape[1]):
+            own = None if near is None else near[:, item]
+            logits, products = _room_for(shape, own, q)
             for at in range(0, count, most):
                 end = min(at + most, count)
                 flat = picked[:, : (end - at) * units]
@@ -339,11 +353,10 @@ class TreeSearch(BoundSelectorByNeed):
                     rows.take(index[head, item, at * units : end * units], flat[head])
                 flat = flat.reshape(len(ids), -1, dim).to(q.dtype)
                 flat = self._unrotated(flat, ids[:, item, at:end], high[item])
-                into = logits[:, :, at * size : end * size]
+                into = products[:, :, at * size : end * size]
                 torch.bmm(q[:, item], flat.transpose(1, 2), out=into)
-            invalid = missing[:, item].repeat_interleave(size, -1)
-            absent = invalid if invalid.any() else None
-            own = None if near is None else near[:, item]
+            absent = missing[:, item]
+            absent = absent.repeat_interleave(size, -1) if absent.any() else None
             found = aggregate(logits, self.config.score, self.softcap, absent, own, size)
             scores[:, item] = found
         return scores

@@ -37,8 +37,8 @@ def best(scores: Tensor, ids: Tensor, count: int) -> Tensor:
     scores = torch.nan_to_num(scores.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     bits = scores.add_(0.0).view(torch.int32)  # adding 0 makes -0 the same as 0
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = (bits.long() << 32) | (_LOW_BITS - ids)
-    return _LOW_BITS - (packed.topk(count, sorted=False).values & _LOW_BITS)
+    packed = (bits.long() << 32) - ids
+    return -packed.topk(count, sorted=False).values & _LOW_BITS
 
 
 def aggregate(
@@ -54,24 +54,22 @@ def aggregate(
 
     `mass`: the share of its attention that a row gives the candidate, by a softmax over all of
     them, summed over rows. With `near` `[..., R]`, the log-sum-exp of what a row reads in any case,
-    that takes part in the softmax: rows that need nothing far away have no say. `max`: best logit
-    of any row (the HiP paper).
+    that takes part in the softmax: rows that need nothing far away have no say. The logits then
+    have a column more, for it. `max`: best logit of any row (the HiP paper).
     """
-    squash(logits, softcap)
+    candidates = logits if near is None else logits[..., :-1]
+    squash(candidates, softcap)
     if invalid is not None:
-        last = logits[..., logits.shape[-1] - invalid.shape[-1] :]
+        last = candidates[..., candidates.shape[-1] - invalid.shape[-1] :]
         last.masked_fill_(invalid.unsqueeze(-2), -torch.inf)
     if score == "max":
-        scores = logits.amax(-2).to(torch.promote_types(logits.dtype, torch.float32))
+        scores = candidates.amax(-2).to(torch.promote_types(logits.dtype, torch.float32))
         scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).amax(-1)
     else:
-        shares, largest = widened(logits), logits.amax(-1)
-        torch.softmax(shares, dim=-1, out=shares)
+        shares = widened(logits)
         if near is not None:
-            # what is read in any case, as a multiple of all candidates together
-            beside = shares.amax(-1).mul_(torch.exp(near - largest))
-            shares.mul_(beside.add_(1).reciprocal_()[..., None])
-        scores = shares.sum(-2)
+            shares[..., -1] = near
+        scores = torch.softmax(shares, dim=-1, out=shares).sum(-2)[..., : candidates.shape[-1]]
         scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).sum(-1)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best
     limit = torch.finfo(torch.float32).max

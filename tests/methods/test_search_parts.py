@@ -59,6 +59,11 @@ def plain_scores(
     return found
 
 
+def with_room(logits: torch.Tensor) -> torch.Tensor:
+    """The logits with another column, which is written over."""
+    return torch.nn.functional.pad(logits, (0, 1), value=torch.nan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("missing", [None, 2, 5])
@@ -78,7 +83,8 @@ def test_scores_from_logits(
     absent = None if missing is None else [i % 2 == 0 for i in range(missing)]
     invalid = None if absent is None else torch.tensor(absent).repeat_interleave(size).expand(2, -1)
     gone = set() if absent is None else {5 - len(absent) + i for i, out in enumerate(absent) if out}
-    got = aggregate(logits.clone(), score, given.get("softcap"), invalid, near, size)
+    known = logits.clone() if near is None else with_room(logits)
+    got = aggregate(known, score, given.get("softcap"), invalid, near, size)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     want = torch.tensor(
         [
@@ -118,9 +124,9 @@ def test_what_overflows_is_the_worst_or_the_best_but_there(score: str, dtype: to
 
 def test_a_row_that_reads_all_it_needs_near_it_has_no_say() -> None:
     logits = torch.tensor([[5.0, 0.0], [0.0, 1.0]])
-    alone = aggregate(logits.clone(), "mass", None, None, torch.tensor([0.0, 0.0]))
+    alone = aggregate(with_room(logits), "mass", None, None, torch.tensor([0.0, 0.0]))
     assert alone[0] > alone[1]
-    busy = aggregate(logits.clone(), "mass", None, None, torch.tensor([50.0, 0.0]))
+    busy = aggregate(with_room(logits), "mass", None, None, torch.tensor([50.0, 0.0]))
     assert busy[1] > busy[0]
 
 

@@ -200,7 +200,8 @@ class Recorder:
         original = ranking.best
 
         def best(scores: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
-            self.ids.append(ids.clone())
+            # one that a larger chunk covers has no score
+            self.ids.append(ids.masked_fill(scores == -torch.inf, ranking.NO_CHUNK))
             return original(scores, ids, count)
 
         monkeypatch.setattr(hip, "best", best)
