@@ -335,7 +335,7 @@ def profile_step(run: Run) -> None:
         run.keep(f"decode, {plots.short(length)}", partial(steps, length))
     others = {
         "hyper": dict(method="hyper", options=sizes.hyper),
-        "delta": dict(delta=roofline.GAMMA, delta_mode="step"),
+        "delta": dict(delta=roofline.GAMMA),
     }
     for what, fields in others.items():
         length = sizes.prefill[1]

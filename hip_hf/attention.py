@@ -179,7 +179,7 @@ def _attend_part(
     sparse.pieces = pieces
     out, lse = traced(problem, lambda: sparse.run(state), out, lse, pieces)
     lse = lse if need_lse else None
-    return Result(out, lse, sparse.mask, "sparse", sparse.shortfall, sparse.count)
+    return Result(out, lse, sparse.mask, "sparse", "", sparse.count)
 
 
 def _attend_by_kernels(
@@ -204,7 +204,7 @@ def _attend_by_kernels(
         densely = replace(part, reason=f"no kernels: {why}")
         return _attend_part(densely, config, state, need_lse, need_mask)
     lse = call.lse if need_lse else None
-    return Result(call.out, lse, call.mask, "sparse", call.shortfall, call.count)
+    return Result(call.out, lse, call.mask, "sparse", "", call.count)
 
 
 def empty_outputs(

@@ -17,7 +17,6 @@ from hip_hf.shown import refused, shown
 REPRESENTATIVES = ("blend", "minmax", "middle")
 SCORES = ("mass", "max")
 VOTES = ("need", "sampled")
-DELTA_MODES = ("clusters", "step")
 # Keys' worth of candidates that the search keeps at a level, and scores exactly at its end, where
 # `beam` and `rescore` are None; and the most chunks that these make of smaller blocks.
 SEARCHED_KEYS, SEARCHED_CHUNKS = 4096, 1024
@@ -125,9 +124,7 @@ class HiPConfig:
         dense_tail: the last rows of each prefill call are computed densely.
         delta: Delta correction: one row in `delta` is dense, and corrects the rows after it; None:
             off.
-        delta_mode: `clusters` (each row estimates what it misses from clusters of keys; the dense
-            rows correct what is left on average) or `step` (the paper: the last dense row's
-            difference).
+        delta_mode: `step` (the paper: the last dense row's difference), the only one.
         decode_refresh: decode steps that one selection serves, its own included; for `staged` also
             a list, one per stage.
         extend: None, or `streaming`: contexts longer than the model was trained for (models:
@@ -165,7 +162,7 @@ class HiPConfig:
     dense_below: int | None = None
     dense_tail: int = 64
     delta: int | None = None
-    delta_mode: str = "clusters"
+    delta_mode: str = "step"
     decode_refresh: int | list[int] = 4
     extend: str | None = None
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -199,7 +196,7 @@ class HiPConfig:
             "representative": REPRESENTATIVES,
             "score": SCORES,
             "vote": VOTES,
-            "delta_mode": DELTA_MODES,
+            "delta_mode": ("step",),
             "backend": BACKENDS,
         }
         for name, allowed in choices.items():

@@ -17,17 +17,12 @@ if TYPE_CHECKING:
     from hip_hf.config import HiPConfig
 
 
-class Shareable(Protocol):
-    """What several batch rows may refer to (beam search): whoever changes it makes a copy first if
-    it is `shared`."""
+class Summaries(Protocol):
+    """What a selector keeps of the keys it has seen, the first `blocks` key blocks of `block_k`
+    keys (`methods/pyramid.py`). Several batch rows may refer to it (beam search): whoever changes
+    it makes a copy first if it is `shared`."""
 
     shared: bool
-
-
-class Summaries(Shareable, Protocol):
-    """What a selector keeps of the keys it has seen, the first `blocks` key blocks of `block_k`
-    keys (`methods/pyramid.py`)."""
-
     block_k: int
     blocks: int
 
@@ -68,14 +63,11 @@ class KeptSelection:
 @dataclass(frozen=True, eq=False)
 class Correction:
     """Dense minus sparse attention at position `position` (Delta): `out` `[Hkv, G, Dv]`, `lse`
-    `[Hkv, G]`, fp32 at least. In mode `clusters`, dense minus estimated attention: a mean up to
-    there, what it weighs, and the clusters."""
+    `[Hkv, G]`, fp32 at least."""
 
     position: int
     out: Tensor
     lse: Tensor
-    weight: float = 1.0
-    clusters: Shareable | None = None  # `Clusters` of `backends/clusters.py`
 
 
 class DeviceTables(Protocol):
@@ -226,8 +218,6 @@ class DecodeState:
                         rows[to].decode_buffer = None
                     if row.pyramid is not None:
                         row.pyramid.shared = True
-                    if row.correction is not None and row.correction.clusters is not None:
-                        row.correction.clusters.shared = True
         self.rows = rows
         if self.device is not None:
             self.device.reorder(indices)

@@ -56,7 +56,7 @@ class Executor:
 
     `mask`: the key blocks that were read, where that is asked for (`need_mask`) and the method
     selects any. `pieces`: a list to put down what was read, where gradients are wanted
-    (`has_gradients`). `shortfall`: what is done otherwise than settings say, and why.
+    (`has_gradients`).
     """
 
     problem: AttentionProblem
@@ -66,7 +66,6 @@ class Executor:
     need_mask: bool
     mask: BlockMask | None = field(default=None, init=False)
     pieces: list[Piece] | None = field(default=None, init=False)
-    shortfall: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         """Make what a kind of attention needs besides."""
@@ -92,8 +91,8 @@ class Executor:
 
 @dataclass(eq=False)
 class Result:
-    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why dense,
-    or not corrected as asked."""
+    """What an attention call computed, and how: `path` is `sparse` or `dense`. `reason`: why
+    dense."""
 
     out: Tensor
     lse: Tensor | None

@@ -75,7 +75,7 @@ def looked_at_whole(config: HiPConfig, low: int, high: int) -> bool:
     return config.rescore_blocks > 0 and high - low <= config.start_blocks
 
 
-def _ceil_shift(x, level: int):  # type: ignore[no-untyped-def]  # of an int or a tensor
+def _ceil_shift(x, level):  # type: ignore[no-untyped-def]  # of ints or tensors
     return -(-x >> level)
 
 
@@ -355,8 +355,8 @@ class TreeSearch(BoundSelectorByNeed):
                 flat = self._unrotated(flat, ids[:, item, at:end], high[item])
                 into = products[:, :, at * size : end * size]
                 torch.bmm(q[:, item], flat.transpose(1, 2), out=into)
-            absent = missing[:, item]
-            absent = absent.repeat_interleave(size, -1) if absent.any() else None
+            gone = missing[:, item]
+            absent = gone.repeat_interleave(size, -1) if gone.any() else None
             found = aggregate(logits, self.config.score, self.softcap, absent, own, size)
             scores[:, item] = found
         return scores

@@ -52,8 +52,7 @@ def alone(problem: AttentionProblem, span: Span, config: HiPConfig) -> Result:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
     "fields",
-    [dict(method=method) for method in METHODS]
-    + [dict(delta=16), dict(delta=16, delta_mode="step")],
+    [dict(method=method) for method in METHODS] + [dict(delta=16)],
 )
 def test_a_sequence_is_computed_as_it_is_alone(fields: dict[str, Any], side: str) -> None:
     """Output, log-sum-exp and selection; with settings that prune even the shortest."""

@@ -1,4 +1,4 @@
-"""Delta correction by steps, as published: the formula, row by row; anchors; decode; it corrects
+"""Delta correction: the formula, row by row; anchors; decode; it corrects
 what changes slowly."""
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from helpers import assert_near, causal, eager, make_problem, make_qkv, small
 from hip_hf.attention import attend
 from hip_hf.backends.base import Result
 from hip_hf.backends.delta import anchors
+from hip_hf.eval.measure.costs import call_cost
+from hip_hf.geometry import query_blocks
 from hip_hf.registry import METHODS
 from hip_hf.state import DecodeState
 
@@ -54,7 +56,7 @@ def test_the_formula(tokens: int, rows: int, start: int, gamma: int, method: str
     q, k, v = make_qkv(tokens, rows, dtype=torch.float64)
     got = attend(
         make_problem(q, k, v, [start]),
-        small(method=method, delta=gamma, delta_mode="step"),
+        small(method=method, delta=gamma),
         need_lse=True,
         need_mask=True,
     )
@@ -69,12 +71,11 @@ def test_the_formula(tokens: int, rows: int, start: int, gamma: int, method: str
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dense"}))
 @pytest.mark.parametrize("fields", [dict(), dict(softcap=2.0, sinks=True)])
-@pytest.mark.parametrize("mode", ["clusters", "step"])
-def test_gamma_1_is_dense(method: str, mode: str, fields: dict[str, Any]) -> None:
+def test_gamma_1_is_dense(method: str, fields: dict[str, Any]) -> None:
     tensors = make_qkv(203, batch=2)
     given = {**fields, "sinks": torch.linspace(-2, 3, 4)} if fields else {}
     options = dict(min_seq_len=32, block_size=8, sample_size=8) if method == "hyper" else {}
-    config, state = small(method=method, options=options, delta=1, delta_mode="step"), DecodeState()
+    config, state = small(method=method, options=options, delta=1), DecodeState()
     got = attend(make_problem(*tensors, [0, 21], **given), config, None, state, need_lse=True)
     out, lse = eager(*tensors, causal(2, 203, 203, [0, 21]), **given)
     assert got.density == 1
@@ -96,7 +97,7 @@ def test_decode_goes_on_as_prefill_would(cut: int, threads: Any) -> None:
     anchor."""
     threads(1)  # a step is too small to share out
     q, k, v = make_qkv(160, batch=2, dtype=torch.float64)
-    config = small(delta=16, delta_mode="step", decode_refresh=1, block_q=1, query_stride=1)
+    config = small(delta=16, decode_refresh=1, block_q=1, query_stride=1)
     whole = attend(make_problem(q, k, v, [0, 5]), config, need_lse=True)
     state = DecodeState()
     attend(make_problem(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], [0, 5]), config, None, state)
@@ -120,7 +121,7 @@ def test_decode_goes_on_as_prefill_would(cut: int, threads: Any) -> None:
 
 def test_a_cropped_cache_forgets_the_correction() -> None:
     q, k, v = make_qkv(100, dtype=torch.float64)
-    config, state = small(delta=16, delta_mode="step", decode_refresh=1), DecodeState()
+    config, state = small(delta=16, decode_refresh=1), DecodeState()
     attend(make_problem(q[:, :, :90], k[:, :, :90], v[:, :, :90]), config, None, state)
 
     def step(at: int) -> Result:
@@ -150,6 +151,19 @@ def test_anchors() -> None:
     assert anchors(40, 40, 16, None) == []
 
 
+def test_what_it_costs() -> None:
+    """Dense rows, and nothing besides."""
+    span = make_problem(*make_qkv(413)).spans[0]
+    plain, corrected = small(method="streaming"), small(method="streaming", delta=32)
+    blocks = query_blocks(plain, span, False)
+    costs = [call_cost(config, blocks, 0, 413, 16, 8) for config in (plain, corrected)]
+    more = sum(p + 1 for p in range(0, 413, 32))
+    assert costs[1].read - costs[0].read == more
+    assert costs[1].attention - costs[0].attention == 2 * more * (16 + 8)
+    assert costs[1].attention_bytes > costs[0].attention_bytes
+    assert costs[1].selection == costs[0].selection
+
+
 def test_it_corrects_what_changes_slowly() -> None:
     """Queries that drift slowly over values that streaming misses: the error falls by more than
     half."""
@@ -161,10 +175,7 @@ def test_it_corrects_what_changes_slowly() -> None:
     miss = [
         float(
             (
-                attend(
-                    make_problem(q, k, v), small(method="streaming", delta=delta, delta_mode="step")
-                ).out
-                - want
+                attend(make_problem(q, k, v), small(method="streaming", delta=delta)).out - want
             ).norm()
         )
         for delta in (None, 16)

@@ -63,7 +63,7 @@ def test_the_mode_notices() -> None:
     [
         ({}, {"tiles_kernel", "append_kernel", "select_kernel", "attend_kernel"}),
         ({"method": "streaming"}, {"attend_kernel"}),
-        ({"delta": 16, "delta_mode": "step"}, {"select_kernel", "attend_kernel"}),
+        ({"delta": 16}, {"select_kernel", "attend_kernel"}),
         (
             {"method": "hyper", "options": HYPER_SIZES},
             {"attend_kernel", "hash_kernel", "square_kernel"},

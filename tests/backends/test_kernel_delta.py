@@ -63,48 +63,35 @@ HYPER = dict(method="hyper", options=dict(min_seq_len=32, block_size=8, sample_s
 def test_a_prompt_is_corrected_in_one_launch(
     gamma: int, config: dict[str, Any], strides: list[Any]
 ) -> None:
-    both(*make_qkv(109), dict(delta=gamma, delta_mode="step", **config))
+    both(*make_qkv(109), dict(delta=gamma, **config))
     assert strides == [(gamma, 1)]
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("mode", ["step", "clusters"])
-def test_rows_that_start_anywhere(mode: str, strides: list[Any]) -> None:
+def test_rows_that_start_anywhere(strides: list[Any]) -> None:
     """Padding on either side, a cache that the queries continue at any position, a row shorter than
     the dense tail."""
     q, k, v = make_qkv(130, 60, batch=3)
-    both(q, k, v, dict(delta=11, delta_mode=mode), key_start=[0, 33, 112], q_start=[50, 60, 70])
-    # clusters: where keys are left out, a launch a sequence
-    assert strides == ([(11, 1)] * 2 if mode == "clusters" else [(11, 3)])
-
-
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(
-    "config", [dict(), dict(dense_tail=20, group_shared=False), dict(method="streaming")]
-)
-def test_clusters_around_the_kernels(config: dict[str, Any]) -> None:
-    """What the kernels read is what is taken out of the clusters; these are PyTorch's work on
-    either backend."""
-    both(*make_qkv(150, 90), dict(delta=16, **config), softcap=3.0, sinks=torch.randn(4))
+    both(q, k, v, dict(delta=11), key_start=[0, 33, 112], q_start=[50, 60, 70])
+    assert strides == [(11, 3)]
 
 
 def test_softcap_sinks_and_sliding_window() -> None:
     both(
         *make_qkv(123, 50),
-        dict(delta=8, delta_mode="step"),
+        dict(delta=8),
         softcap=3.0,
         sliding_window=90,
         sinks=torch.randn(4),
     )
 
 
-@pytest.mark.parametrize("mode", ["step", "clusters"])
-def test_chunks_and_decode_go_on_with_what_was_kept(mode: str) -> None:
+def test_chunks_and_decode_go_on_with_what_was_kept() -> None:
     """Chunks that end between anchors; steps across anchors and refreshes; a crop; steps of several
     rows; a reordered batch."""
     q, k, v = make_qkv(150, batch=2, heads=1)
     states = {"triton": DecodeState(), "torch": DecodeState()}
-    fields = dict(delta=8, delta_mode=mode, decode_refresh=3)
+    fields = dict(delta=8, decode_refresh=3)
 
     def step(first: int, end: int, start: int = 21) -> None:
         tensors = (q[:, :, first:end], k[:, :, :end], v[:, :, :end])

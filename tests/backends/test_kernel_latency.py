@@ -372,7 +372,7 @@ def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
     fields = {
         "prefill": {},
         "hyper": dict(method="hyper", options=options),
-        "delta": dict(delta=32, delta_mode="step"),
+        "delta": dict(delta=32),
     }
     q, k, v = plan(heads=4, kv_heads=2).random("fp32", 160, 160, torch.device(DEVICE))
     found = {

@@ -120,7 +120,7 @@ def test_a_million_tokens_are_walked_when_asked(
     assert laid == []
     assert count() == (want, keys_seen(0, span.end - 1, sliding))
     assert len(laid) == 1
-    settings = HiPConfig(delta=64, delta_mode="step")
+    settings = HiPConfig(delta=64)
     told = (one.problem, settings, one.out, None, False)
     corrected = delta.DeltaAttention(*told, attention=sparse.SparseAttention)
     assert len(laid) == 1
@@ -152,7 +152,6 @@ def test_steps_on_a_kept_selection_count_its_window(method: str) -> None:
     [
         dict(),
         dict(delta=16),
-        dict(delta=16, delta_mode="step"),
         dict(method="hyper", options=dict(min_seq_len=64, block_size=32, sample_size=16)),
     ],
 )

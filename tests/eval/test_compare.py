@@ -126,7 +126,7 @@ def test_deltas_cost_is_its_dense_rows() -> None:
     span = make_problem(*make_qkv(413)).spans[0]
     plain, corrected = (
         small(method="streaming"),
-        small(method="streaming", delta=32, delta_mode="step"),
+        small(method="streaming", delta=32),
     )
     blocks = query_blocks(plain, span, False)
     costs = [call_cost(config, blocks[5:], 0, 413, 16, 16) for config in (plain, corrected)]

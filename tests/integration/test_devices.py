@@ -35,8 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rescored, from coarse": {"rescore": 2, "coarsest": 64},
     **{name: {"method": name} for name in METHODS if name != "hip"},
     "hyper": HYPER,
-    "clusters": {"delta": 16, "dense_tail": 0},
-    "step": {"delta": 16, "delta_mode": "step"},
+    "delta": {"delta": 16},
 }
 
 

@@ -14,7 +14,7 @@ from helpers import causal, eager, read_mask
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from hip_hf.config import DELTA_MODES, REPRESENTATIVES, SCORES, VOTES, HiPConfig
+from hip_hf.config import REPRESENTATIVES, SCORES, VOTES, HiPConfig
 from hip_hf.geometry import BlockMask
 from hip_hf.methods.base import method_of, selects
 from hip_hf.problem import DTYPES
@@ -230,9 +230,7 @@ def configs(
             coarsest=draw(st.sampled_from([None, block_k, 4 * block_k])),
         )
     if draw(st.integers(0, 7)) == 7:
-        fields |= dict(
-            delta=draw(st.sampled_from([1, 5, 16])), delta_mode=draw(st.sampled_from(DELTA_MODES))
-        )
+        fields["delta"] = draw(st.sampled_from([1, 5, 16]))
     return HiPConfig(**fields)
 
 

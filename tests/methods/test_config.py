@@ -32,7 +32,7 @@ DEFAULTS = {
     "dense_below": None,
     "dense_tail": 64,
     "delta": None,
-    "delta_mode": "clusters",
+    "delta_mode": "step",
     "decode_refresh": 4,
     "extend": None,
     "layers": {},
@@ -47,7 +47,7 @@ GOOD = [
     *[("score", name) for name in ("mass", "max")],
     *[("vote", name) for name in ("need", "sampled")],
     *[("backend", name) for name in ("auto", "torch")],
-    *[("delta_mode", name) for name in ("clusters", "step")],
+    ("delta_mode", "step"),
     *[
         (name, 0)
         for name in ("sink", "window", "dense_tail", "dense_below", "seed", "dense_layers")
@@ -79,7 +79,7 @@ BAD = [
     ("backend", "cuda", "torch"),
     *[("delta", value, "None or an integer >= 1") for value in (0, -64, 64.0, True, "64")],
     *[("decode_refresh", value, "divides") for value in ([4, 3], [2, 4])],
-    ("delta_mode", "interpolate", "clusters | step"),
+    *[("delta_mode", name, "step") for name in ("clusters", "interpolate")],
     ("extend", "self", "None | streaming"),
     ("group_shared", 1, "True or False"),
     ("group_shared", None, "True or False"),

@@ -80,12 +80,11 @@ CASES = {
         decodes=False,
     ),
     "hip+delta": Case("hip", fields=dict(delta=16), masked=False),
-    "hip+delta by steps": Case("hip", fields=dict(delta=16, delta_mode="step"), masked=False),
     "streaming+delta": Case("streaming", dict(window=1000), dict(delta=8), masked=False),
     "hyper+delta": Case(
         "hyper",
         EXACT,
-        dict(options=HYPER, delta=16, delta_mode="step"),
+        dict(options=HYPER, delta=16),
         per_call=True,
         masked=False,
         sliding=False,
@@ -223,7 +222,6 @@ def test_chunked_prefill(case: Case, kept: bool) -> None:
     """Reading everything, each chunk is dense attention; else all of it is one shot, if a selection
     knows no call."""
     q, k, v = make_qkv(251, batch=2, dtype=torch.float64)
-    averages = case.fields.get("delta") and case.config().delta_mode == "clusters"
     cuts = [0, 64, 96, 160, 251]
     for covering in (True, False):
         config = case.config(covering)
@@ -235,9 +233,7 @@ def test_chunked_prefill(case: Case, kept: bool) -> None:
         out = torch.cat([part.out for part in parts], dim=2)
         if covering:
             assert_near(out, eager(q, k, v, causal(2, 251, 251))[0], 1e-6)
-        elif not case.per_call and (
-            kept or not (case.method == "h2o" or averages)
-        ):  # whose history is in the state
+        elif not case.per_call and (kept or case.method != "h2o"):  # whose history is in the state
             whole = call(case, config, (q, k, v)).out
             for first, end in pairwise(cuts):
                 same = slice(

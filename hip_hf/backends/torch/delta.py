@@ -6,23 +6,13 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends.delta import DeltaCall, Plan
-from hip_hf.backends.tensors import Tensors, tensors_of
+from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch.dense_rows import attend_positions
-from hip_hf.geometry import Span
 from hip_hf.state import Correction
 
 
 class DeltaAttention(DeltaCall):
     """One call on any device, by PyTorch's operations."""
-
-    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[Tensor, Tensor]:
-        return attend_positions(t, at, span.position)
-
-    def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
-        rows = slice(end - span.position, None)
-        assert t.lse is not None
-        found = attend_positions(t, range(end, span.end), span.position)
-        t.out[:, :, rows], t.lse[:, :, rows] = found
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
         return [self._correct(plan) for plan in plans]

@@ -277,7 +277,7 @@ def delta(trial: Trial) -> None:
     """Delta correction in steps: dense rows at a stride, and what they correct."""
     config = trial.config
     q, k, v = trial.planted(config.block_q + trial.rows, trial.keys)
-    trial.both(q, k, v, replace(config, delta=config.block_q // 2, delta_mode="step"))
+    trial.both(q, k, v, replace(config, delta=config.block_q // 2))
 
 
 def extended(trial: Trial) -> None:

@@ -22,13 +22,12 @@ from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tuning import power_of_two
-from hip_hf.backends.triton.dense import dense_rows, operands, sequences_of
+from hip_hf.backends.triton.dense import operands, sequences_of
 from hip_hf.geometry import Span
 from hip_hf.state import Correction
 
 if TYPE_CHECKING:
     from hip_hf.backends.delta import Plan
-    from hip_hf.backends.tensors import Tensors
 
 # Query rows of one program.
 BLOCK_M = 32
@@ -99,21 +98,6 @@ def spread_arguments(
 
 class DeltaAttention(DeltaCall):
     """One call on a GPU: the other attention, the anchors, and what spreads their differences."""
-
-    def dense(self, t: Tensors, span: Span, at: list[int]) -> tuple[Tensor, Tensor]:
-        heads, groups = self.problem.q.shape[1], self.problem.groups
-        if at and self.problem.q.shape[2] == 1:
-            out, lse = (x[span.batch] for x in self._first_rows([span]))
-        else:
-            outs, lses = self._empty(1, heads, len(at))
-            if at:
-                self._at_stride((span.part(at[0], at[-1] + 1),), outs, lses)
-            out, lse = outs[0], lses[0]
-        return out.unflatten(0, (-1, groups)), lse.unflatten(0, (-1, groups))
-
-    def attend_tail(self, t: Tensors, span: Span, end: int) -> None:
-        x = operands(self.problem, self.out, self.lse)
-        dense_rows(x, (span,), [end - span.position], self.problem.longest)
 
     def correct(self, plans: list[Plan]) -> list[Correction | None]:
         problem, most = self.problem, max(len(self._aligned(plan)) for plan in plans)

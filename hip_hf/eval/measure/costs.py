@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
-from hip_hf.backends.clusters import CLUSTERS
-from hip_hf.backends.delta import anchors, mode_of
+from hip_hf.backends.delta import anchors
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span, block_read, keys_seen, query_blocks
 from hip_hf.methods import hyper
@@ -97,8 +96,7 @@ def call_cost(
     itemsize: int = 4,
 ) -> AttentionCost:
     """Cost of the query blocks `blocks` of a call whose rows sit at `first` to `end - 1`: their
-    own, their part of what is done once for the call, and Delta's dense rows among theirs, with the
-    clusters where its mode has them."""
+    own, their part of what is done once for the call, and Delta's dense rows among theirs."""
     rows = sum(block.rows for block in blocks)
     if config.method == "hyper":
         cost = _hyper(config, blocks, first, end, dim, value_dim, itemsize)
@@ -109,12 +107,7 @@ def call_cost(
         flops, numbers = (n * rows // (end - first) for n in whole)
         cost += AttentionCost(selection=flops, selection_bytes=numbers * itemsize)
     if config.delta is not None:
-        clustered = mode_of(config, sliding_window)[0] == "clusters"
-        if clustered:
-            budget = selector_for(config).budget
-            blocks = [block for block in blocks if block.num_candidates > budget]
-            cost += _clusters(config, blocks, dim, value_dim, itemsize)
-        dense = anchors(first, end, config.delta, first if clustered else None)
+        dense = anchors(first, end, config.delta, None)
         dense = [p for p in dense if any(block.first <= p <= block.last for block in blocks)]
         seen = [keys_seen(p, p, sliding_window) for p in dense]
         # rows meet the keys a few at a time: about as many loads as a query block of them makes
@@ -131,24 +124,6 @@ def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> AttentionCost
     if config.method != "hyper" and selector_for(config).cost(blocks[-1], dim) is None:
         return None
     return call_cost(config, blocks, 0, tokens, dim, dim)
-
-
-def _clusters(
-    config: HiPConfig, blocks: Sequence[QueryBlock], dim: int, value_dim: int, itemsize: int
-) -> AttentionCost:
-    """What Delta correction in mode `clusters` takes on top of its dense rows, for query blocks
-    that leave keys out. Keys join clusters once for a key head; they count as if once for each
-    query head."""
-    blocks = [block for block in blocks if block.window_start - block.sink_end >= CLUSTERS]
-    if not blocks:
-        return AttentionCost()
-    joined = blocks[-1].window_start - blocks[-1].sink_end
-    rows, numbers = sum(block.rows for block in blocks), CLUSTERS * (2 * dim + value_dim)
-    # keys that are taken out of the clusters
-    taken = len(blocks) * selector_for(config).budget * config.block_k
-    loads = joined * (2 * dim + value_dim) + taken * (dim + value_dim) + len(blocks) * numbers
-    flops = 2 * (rows * numbers + joined * CLUSTERS * dim)
-    return AttentionCost(attention=flops, attention_bytes=loads * itemsize)
 
 
 def _hyper(
