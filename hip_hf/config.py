@@ -358,7 +358,10 @@ class HiPConfig:
             got = type(values).__name__
             raise ValueError(f"HiPConfig.from_dict: got {got}, allowed: a mapping of fields")
         cls._check_names(values)  # names that are no text, too
-        return cls(**values)
+        fields = dict(values)
+        if fields.get("delta") is None and fields.get("delta_mode") == "clusters":
+            del fields["delta_mode"]  # gone; earlier versions saved it with every model
+        return cls(**fields)
 
     @classmethod
     def _check_names(cls, values: Mapping[str, Any]) -> None:
