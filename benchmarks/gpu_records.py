@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_run import DONE, MACHINE
 
-from hip_hf.cli.publish import write
+from hip_hf.cli.publish import write_file
 from hip_hf.eval.reporting.report import markdown
 from hip_hf.eval.reporting.resumable import SUFFIX
 
@@ -67,7 +67,7 @@ def note(folder: Path, name: str, code: int | None, seconds: float | None, limit
         "machine": json.loads(machine.read_text(encoding="utf-8")) if machine.exists() else None,
         "rows": rows_of(folder, name),
     }
-    write(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_file(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     if state == DONE:
         (folder / f"{name}.json{SUFFIX}").unlink(missing_ok=True)
 
@@ -130,7 +130,7 @@ def summarise(folder: Path, names: Sequence[str]) -> str:
     """Write `summary.json`, all records, and `summary.md`; return the table of the steps, which
     comes first in it."""
     records = records_of(folder, names)
-    write(folder / "summary.json", json.dumps({"steps": records}, indent=1) + "\n")
+    write_file(folder / "summary.json", json.dumps({"steps": records}, indent=1) + "\n")
     text = summary(records)
-    write(folder / "summary.md", text + "\n")
+    write_file(folder / "summary.md", text + "\n")
     return text.partition("\n\n")[0]

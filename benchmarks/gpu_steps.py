@@ -33,7 +33,7 @@ from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.sparse import ROOM
 from hip_hf.cli.inputs import load_to_measure
 from hip_hf.cli.presets import over_budgets
-from hip_hf.cli.publish import write
+from hip_hf.cli.publish import write_file
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import doctor, documents, gpu_latency, losses, needles, real_model
 from hip_hf.eval.measure.generate import generate
@@ -42,10 +42,10 @@ from hip_hf.eval.measure.latency import (
     TIMED_DTYPES,
     GrowingSteps,
     TimingPlan,
+    baseline,
     interleave,
     ours,
     refresh_period,
-    sdpa,
 )
 from hip_hf.eval.measure.passkey import use
 from hip_hf.eval.reporting import plots
@@ -176,9 +176,12 @@ def agreement(plan: TimingPlan, length: int) -> Rows:
     result = ours(q, k, v, config)
     first = min(config.sparse_reach - config.budget, length)
     pairs = {
-        "first": (result.out[:, :, :first], sdpa(q[:, :, :first], k[:, :, :first], v[:, :, :first]))
+        "first": (
+            result.out[:, :, :first],
+            baseline(q[:, :, :first], k[:, :, :first], v[:, :, :first]),
+        )
     }
-    pairs["last"] = (result.out[:, :, -1:], sdpa(q[:, :, -1:], k, v))
+    pairs["last"] = (result.out[:, :, -1:], baseline(q[:, :, -1:], k, v))
     allowed = UNITS * torch.finfo(TIMED_DTYPES[dtype]).eps
     rows = []
     for name, (got, want) in pairs.items():
@@ -517,7 +520,7 @@ def settle(folder: Path, device: torch.device) -> None:
             f"FOLDER: got {str(folder)!r} with figures of another {', '.join(names)}, "
             "allowed: a new folder"
         )
-    write(file, json.dumps(about, indent=1) + "\n")
+    write_file(file, json.dumps(about, indent=1) + "\n")
 
 
 def take(name: str, folder: Path, sizes: Sizes) -> int:

@@ -105,7 +105,7 @@ def squares(tokens: int, options: hyper.Options, shape: Shape) -> KernelCost:
     for square in (
         square for level in hyper.split(0, tokens, options.min_seq_len)[1] for square in level
     ):
-        own = hyper.tile(square, options, cpu)
+        own = hyper.tile_square(square, options, cpu)
         keys, rows = own.size + own.samples, rows_of_square(shape.tile("hyper squares"), own.rows)
         gather = (
             len(own.starts)

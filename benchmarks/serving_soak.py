@@ -51,7 +51,7 @@ def main(
     output: Output = None,
 ) -> None:
     """Ask, and print the table."""
-    net, tokenizer, _ = inputs.load(model, "hip", inputs.parse_fields(set_ or []), "auto")
+    net, tokenizer, _ = inputs.load_or_exit(model, "hip", inputs.parse_fields(set_ or []), "auto")
     net.generation_config.eos_token_id = None  # every answer has its full length
     ids = tokenizer.encode(
         documents.DOCUMENT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False

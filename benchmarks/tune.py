@@ -23,7 +23,7 @@ import torch
 
 from hip_hf.backends.triton.common.tuning import Tile, target_of, tile_of
 from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.compile.examples import Example, example, extended
+from hip_hf.backends.triton.compile.examples import Example, example, with_extension
 from hip_hf.backends.triton.compile.launch import Launch
 from hip_hf.backends.triton.compile.launches.attention import (
     decode_launches,
@@ -33,7 +33,12 @@ from hip_hf.backends.triton.compile.launches.attention import (
 )
 from hip_hf.backends.triton.compile.launches.hyper import square_launches
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
-from hip_hf.backends.triton.selection.search import SearchTile, SelectionBuffers, constants, select
+from hip_hf.backends.triton.selection.search import (
+    SearchTile,
+    SelectionBuffers,
+    search_constants,
+    select,
+)
 from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel
 from hip_hf.config import HiPConfig
 
@@ -45,8 +50,8 @@ REPEATS = 20
 LAUNCHES: dict[str, Callable[[Example, Tile], list[Launch]]] = {
     "prefill": prefill_launches,
     "decode": decode_launches,
-    "prefill extended": lambda x, tile: prefill_launches(extended(x), tile)[:1],
-    "decode extended": lambda x, tile: decode_launches(extended(x), tile)[:1],
+    "prefill extended": lambda x, tile: prefill_launches(with_extension(x), tile)[:1],
+    "decode extended": lambda x, tile: decode_launches(with_extension(x), tile)[:1],
     "backward queries": query_launches,
     "backward keys": key_launches,
     "hyper squares": square_launches,
@@ -131,7 +136,7 @@ def present(kernel: str, target: str, dim: int, dtype: torch.dtype) -> Tile | Se
     if "search" not in kernel:
         return tile_of("prefill" if kernel == "votes" else kernel, target, dim, dim, dtype)
     x = examples(kernel, dim, dtype)[0]
-    fixed = constants(
+    fixed = search_constants(
         HiPConfig(),
         x.q.shape[1] // x.kv.heads,
         dim,

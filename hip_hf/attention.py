@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hip_hf.backends import base, choice
 from hip_hf.backends.base import Piece, Result, has_gradients
-from hip_hf.backends.mixed import Part, merged, parts_of
+from hip_hf.backends.mixed import CallPart, merge_results, split_call
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.backward import traced
@@ -146,16 +146,16 @@ def _attend(
         fail("extend", got, "torch.no_grad(), or extend=None")
     if not problem.spans:
         return Result(*empty_outputs(problem, need_lse), None, "dense", "no row has a key", None)
-    parts = parts_of(problem, lambda one: dense_reason(one, config, layer, state is None))
+    parts = split_call(problem, lambda one: dense_reason(one, config, layer, state is None))
     results = [_attend_part(part, config, state, need_lse, need_mask) for part in parts]
     # not only steps behind padding
     if len(parts) == 1 and parts[0].problem.q.shape == problem.q.shape:
         return results[0]
-    return merged(problem, parts, results)
+    return merge_results(problem, parts, results)
 
 
 def _attend_part(
-    part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool
+    part: CallPart, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool
 ) -> Result:
     """Attention of the sequences of a call that go the same way."""
     problem = part.problem
@@ -183,21 +183,21 @@ def _attend_part(
 
 
 def _attend_by_kernels(
-    part: Part, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool
+    part: CallPart, config: HiPConfig, state: DecodeState | None, need_lse: bool, need_mask: bool
 ) -> Result:
     """Attention of a part that the kernels serve. Where Triton refuses them after all, because
     these settings ask for more than the device has, it and all later ones are dense with `auto`."""
     from hip_hf.backends.triton import trust
-    from hip_hf.backends.triton.dispatch import run
+    from hip_hf.backends.triton.dispatch import run_by_kernels
 
     problem = part.problem
     outputs = empty_outputs(problem, need_lse, for_models=True)
     try:
-        call = run(problem, config, state, *outputs, need_mask)
+        call = run_by_kernels(problem, config, state, *outputs, need_mask)
     except Exception as error:
         if not trust.refuses(error, config):
             raise
-        why = trust.refuse(problem.q.device, config.text, error)
+        why = trust.note_refusal(problem.q.device, config.text, error)
         trust.warn_once(why)
         if state is not None:
             state.reset()
@@ -268,7 +268,7 @@ def attend_dense(
         return attend_densely(problem, config, *empty_outputs(problem, need_lse, for_models=True))
     serves = dense.sdpa_serves_masked if takes_masks(problem) else dense.sdpa_serves
     served = serves(problem, need_lse)
-    if served and dense.alike(problem):
+    if served and dense.spans_alike(problem):
         return dense.sdpa(problem, problem.spans[0]), None
     if served:
         out, _ = empty_outputs(problem, False)
@@ -301,7 +301,7 @@ def _in_graph(
 
     config = config.for_layer(layer)
     dense = bool(dense_reason(problem, config, layer, True)[0])
-    return ops.attention(problem, config, dense, key_start, q_start, need_lse)
+    return ops.attention_in_graph(problem, config, dense, key_start, q_start, need_lse)
 
 
 def hip_attention(

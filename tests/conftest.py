@@ -119,5 +119,5 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in (*works, (DecodeBuffer, "fill"), (DecodeBuffer, "attend")):
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name)))
     # the logits of sink and window wait in a buffer until the rest has been selected and read
-    for owner, name in ((TreeSearch, "_search"), (sparse, "attend"), (sparse, "partial")):
+    for owner, name in ((TreeSearch, "_search"), (sparse, "attend_blocks"), (sparse, "partial")):
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name), in_use="near"))

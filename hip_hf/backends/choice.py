@@ -50,7 +50,7 @@ def no_kernels(
         if why or config.backend == "triton":
             return why, False
         extended = problem.positions is not None
-        parts = trust.parts_of(None if densely else config, problem.needs_grad, extended)
+        parts = trust.parts_needed(None if densely else config, problem.needs_grad, extended)
         # a graph that is being compiled is then for these alone
         dims = (problem.q.shape[3], problem.v.shape[3], problem.groups)
         why = trust.failing(device, problem.q.dtype, dims, parts, config.text)

@@ -26,7 +26,7 @@ class HyperCall(Executor):
 
     @property
     def count(self) -> Count:
-        return partial(keys_read, self.options, self.problem.spans, self.config.dense_tail)
+        return partial(hyper_keys_read, self.options, self.problem.spans, self.config.dense_tail)
 
     def note(self, state: DecodeState | None) -> None:
         """What the call means for the state."""
@@ -37,7 +37,7 @@ class HyperCall(Executor):
             state.row(span.batch, span.key_start, span.position, span.end).selection = None
 
 
-def keys_read(options: Options, spans: Sequence[Span], dense_tail: int) -> tuple[int, int]:
+def hyper_keys_read(options: Options, spans: Sequence[Span], dense_tail: int) -> tuple[int, int]:
     """Keys that HyperAttention and the dense tail read, and keys in sight."""
     read = 0
     for span in spans:

@@ -26,7 +26,7 @@ def known(read: float, visible: float) -> tuple[float, float]:
     return read, visible
 
 
-def total(counts: Sequence[Count]) -> tuple[float, float]:
+def total_count(counts: Sequence[Count]) -> tuple[float, float]:
     """Add up the counts of several parts of a call."""
     read, visible = zip(*(count() for count in counts), strict=True)
     return sum(read), sum(visible)

@@ -15,13 +15,13 @@ from functools import partial
 import torch
 
 from hip_hf.backends.base import Result
-from hip_hf.backends.keys_read import all_keys, total
+from hip_hf.backends.keys_read import all_keys, total_count
 from hip_hf.geometry import DECODE_ROWS, BlockMask, Span
 from hip_hf.problem import AttentionProblem
 
 
 @dataclass(frozen=True)
-class Part:
+class CallPart:
     """Sequences of a batch that go the same way. `problem` has all batch rows, of the query rows
     those from `first` on; `reason`: why they are dense, of the longest of them, or an empty string;
     `unsupported`: whether for want of support."""
@@ -32,9 +32,9 @@ class Part:
     unsupported: bool
 
 
-def parts_of(
+def split_call(
     problem: AttentionProblem, reason_of: Callable[[AttentionProblem], tuple[str, bool]]
-) -> list[Part]:
+) -> list[CallPart]:
     """The parts of a call, the sparse ones first: these may start a state afresh, and the dense
     ones only move it on.
 
@@ -42,7 +42,7 @@ def parts_of(
     """
     most = problem.q.shape[2]
     if len(problem.spans) == 1 and (most <= DECODE_ROWS or problem.spans[0].rows > DECODE_ROWS):
-        return [Part(problem, 0, *reason_of(problem))]
+        return [CallPart(problem, 0, *reason_of(problem))]
     known: dict[tuple[int, int, tuple[int, int]], tuple[str, bool]] = {}
     found: dict[tuple[int, int] | None, list[tuple[Span, tuple[str, bool]]]] = {}
     for span in problem.spans:
@@ -59,7 +59,7 @@ def parts_of(
         first, end = of or (0, most)
         spans = tuple(span for span, _ in members)
         _, why = max(members, key=lambda member: member[0].end)
-        parts.append(Part(_cut(problem, spans, first, end), first, *why))
+        parts.append(CallPart(_cut(problem, spans, first, end), first, *why))
     return parts
 
 
@@ -76,7 +76,9 @@ def _cut(
     return replace(problem, q=problem.q[:, :, first:end], spans=moved)
 
 
-def merged(problem: AttentionProblem, parts: Sequence[Part], results: Sequence[Result]) -> Result:
+def merge_results(
+    problem: AttentionProblem, parts: Sequence[CallPart], results: Sequence[Result]
+) -> Result:
     """The result of the whole call. Sequences of other parts are zero in each output. The first
     part is sparse: all that is dense is one part."""
     rows = [slice(part.first, part.first + part.problem.q.shape[2]) for part in parts]
@@ -101,11 +103,11 @@ def merged(problem: AttentionProblem, parts: Sequence[Part], results: Sequence[R
         if result.reason:
             reasons.append((dense_part if part.reason else "") + result.reason)
     reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(x.unsupported for x in results)
-    count = partial(total, counts)
+    count = partial(total_count, counts)
     return Result(out, lse, _merged_masks(masks), "sparse", reason, count, unsupported)
 
 
-def _merged_masks(masks: list[tuple[Part, BlockMask]]) -> BlockMask | None:
+def _merged_masks(masks: list[tuple[CallPart, BlockMask]]) -> BlockMask | None:
     """One mask with every batch row as its own part has it; dense ones have no query blocks."""
     if not masks:
         return None

@@ -39,7 +39,7 @@ def paged_parts(store: Store, tables: Sequence[BlockTable], length: int) -> Iter
 Parts = tuple[torch.Size, torch.dtype, Iterable[Tensor]]
 
 
-def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
+def write_tensors(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
     """Write one file, atomically: it is the old one or the new one, whatever happens. No second
     copy of the tensors is made. Raises OSError if the disk is full or `path` cannot be written.
 
@@ -71,7 +71,7 @@ def write(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) -> None:
         raise
 
 
-def fail(path: Path, got: object, allowed: str) -> None:
+def refuse_file(path: Path, got: object, allowed: str) -> None:
     """Raise ValueError for a file that holds something else than it should."""
     raise refused(f"path {str(path)!r}", got, allowed)
 
@@ -95,5 +95,5 @@ def reading(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     with file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            fail(path, f"format {metadata.get('format')!r}", f"{FORMAT!r}")
+            refuse_file(path, f"format {metadata.get('format')!r}", f"{FORMAT!r}")
         yield file, {name: json.loads(fact) for name, fact in metadata.items() if name != "format"}

@@ -93,7 +93,7 @@ def main(
     """Answer questions about a document, which is read once: each answer costs its new tokens
     only."""
     text, on = inputs.read_text(document, "--document"), inputs.check_device(device)
-    net, tokenizer, settings = inputs.load(model, "hip", inputs.parse_fields(set_), dtype)
+    net, tokenizer, settings = inputs.load_or_exit(model, "hip", inputs.parse_fields(set_), dtype)
     ids = inputs.tokens_of(tokenizer, text, document, "--document")
     if tokens is not None:
         text = tokenizer.decode(lengthen(ids, tokens), skip_special_tokens=True)

@@ -52,34 +52,34 @@ CHUNK = Option(help="How many tokens to read at a time beyond the model's length
 DRAWN = Option(help="PNG file of which key blocks each query block reads.")
 
 
-def load(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
+def load_for_demo(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
     """Return model, tokenizer and settings. The library's own progress bar is off, for the command
     shows one itself."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return inputs.load(run.checkpoint, attn, run.fields)
+    return inputs.load_or_exit(run.checkpoint, attn, run.fields)
 
 
-def answer(run: DemoRun) -> dict[str, Any]:
+def answer_alone(run: DemoRun) -> dict[str, Any]:
     """Answers and measurements of one implementation; call it in a fresh process."""
-    model, tokenizer, _ = load(run, run.attn)
+    model, tokenizer, _ = load_for_demo(run, run.attn)
     model.to(run.device)
     total = sum(len(prompt) + run.new_tokens - 1 for prompt in run.prompts)
     with report.counting(f"tokens, {run.attn}", total) as advance:
         return demo.answer(model, tokenizer, run, advance)
 
 
-def in_own_process(run: DemoRun) -> dict[str, Any]:
-    """`answer(run)` in a process that has done nothing else."""
+def answer_in_own_process(run: DemoRun) -> dict[str, Any]:
+    """`answer_alone(run)` in a process that has done nothing else."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(answer, run).result()
+        return pool.submit(answer_alone, run).result()
 
 
 def draw(file: Path, run: DemoRun, fact: Fact) -> None:
     """The picture of who reads what in the first prompt, computed from the dense model's queries
     and keys."""
-    model, tokenizer, settings = load(run, "sdpa")
+    model, tokenizer, settings = load_for_demo(run, "sdpa")
     prompt = run.prompts[0]
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
     begins = len(prompt) - len(encode(tokenizer, documents.question(fact.name)))
@@ -151,7 +151,7 @@ def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
     length = len(run.prompts[0])
     beyond = "longer than the model was made for: no right answers are to be expected"
     report.note(f"{length:,} tokens are {beyond}, and dense attention is left out")
-    measured = answer(run)
+    measured = answer_alone(run)
     row = row_of("hip", measured, facts)
     del row["peak_mib"], row["above_model_mib"]
     row |= {"tokens_per_s_prefill": length / measured["first_token_s"]}
@@ -187,7 +187,7 @@ def show_at_once(
     """The demo of a model that is asked for all facts of one document at once."""
     where = inputs.check_device(device)
     text = inputs.read_text(document, "--document")
-    net, tokenizer, settings = inputs.load(checkpoint_of(model), "hip", fields)
+    net, tokenizer, settings = inputs.load_or_exit(checkpoint_of(model), "hip", fields)
     longest = net.config.get_text_config(decoder=True).max_position_embeddings
     length = min(TOKENS, longest) if tokens is None else tokens
     if length > longest:
@@ -255,7 +255,7 @@ def main(
             what = f"{facts} questions, {len(prompts[0])} tokens each, {attn}"
             bar.update(task, description=what)
             run = DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device)
-            measured[attn] = in_own_process(run)
+            measured[attn] = answer_in_own_process(run)
             bar.advance(task)
         bar.update(task, description=f"drawing {picture}")
         draw(picture, DemoRun(checkpoint, "sdpa", prompts, new_tokens, fields), hidden[0])

@@ -27,7 +27,7 @@ def main(
     """Run one prompt of random tokens through a checkpoint and show each layer's path."""
     if attn not in NAMES:
         raise inputs.not_allowed("--attn", attn, NAMES)
-    net, _, settings = inputs.load(model, attn, inputs.parse_fields(set_), dtype)
+    net, _, settings = inputs.load_or_exit(model, attn, inputs.parse_fields(set_), dtype)
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(text_config(net).vocab_size, (1, tokens), generator=random)
     with torch.no_grad():

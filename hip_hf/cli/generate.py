@@ -55,7 +55,7 @@ def main(
         line = f"settings apply to --attn {' | '.join(NAMES)}, got {attn!r}"
         raise BadParameter(line, param_hint="--set")
     text, on = inputs.read_text(prompt_file, "--prompt-file"), inputs.check_device(device)
-    net, tokenizer, settings = inputs.load(model, attn, inputs.parse_fields(set_), dtype)
+    net, tokenizer, settings = inputs.load_or_exit(model, attn, inputs.parse_fields(set_), dtype)
     prompt = inputs.tokens_of(tokenizer, text, prompt_file, "--prompt-file")
     if tokens is not None:
         prompt = lengthen(prompt, tokens)

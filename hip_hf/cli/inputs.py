@@ -155,7 +155,7 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
     return fields
 
 
-def load(
+def load_or_exit(
     checkpoint: str, attn: str, fields: dict[str, Any], dtype: str = "auto"
 ) -> tuple[Any, Any, HiPConfig]:
     """Model, tokenizer and the settings that hold; one line instead of a traceback for what a user

@@ -12,7 +12,7 @@ from hip_hf.cli.inputs import loading, user_errors
 from hip_hf.cli.presets import sizes
 from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets, model_name
 from hip_hf.eval.measure.documents import CHECKPOINT
-from hip_hf.eval.measure.memory import CACHE_KINDS, in_own_process, read_config
+from hip_hf.eval.measure.memory import CACHE_KINDS, read_config, row_in_own_process
 
 SHAPE = Argument(help="Checkpoint whose shape is taken; its weights are not.")
 
@@ -39,5 +39,7 @@ def main(
     cells = [(kind, length) for length in counts for kind in CACHE_KINDS]
     kept.expect("caches", len(cells))
     with kept:
-        rows = [kept.get(cell, partial(in_own_process, cell[0], config, cell[1])) for cell in cells]
+        rows = [
+            kept.get(cell, partial(row_in_own_process, cell[0], config, cell[1])) for cell in cells
+        ]
     targets.publish("memory", "Memory of caches", rows, {"model": model_name(model)}, kept)

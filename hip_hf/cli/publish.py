@@ -52,7 +52,7 @@ def check_file(option: str, file: Path | None) -> None:
         raise ValueError(f"{option}: got {str(file)!r}, allowed: a file in a folder that exists")
 
 
-def write(file: Path, text: str) -> None:
+def write_file(file: Path, text: str) -> None:
     """Write a whole file or none of it."""
     part = file.with_name(file.name + ".tmp")
     part.write_text(text, encoding="utf-8")
@@ -102,11 +102,11 @@ class Targets:
         document |= {"machine": report.machine()}
         draw, text = draw or PICTURES.get(command), json.dumps(document, indent=1)
         if self.output is not None:
-            write(self.output, text + "\n")
+            write_file(self.output, text + "\n")
         if self.plot is not None and draw is not None:
             draw(document, self.plot)
         if self.report is not None and draw is not None:
-            write(self.report, page.render(title, [(document, draw)]))
+            write_file(self.report, page.render(title, [(document, draw)]))
         if kept is not None:
             kept.finish()
         if self.as_json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from hip_hf.cli.inputs import user_errors
-from hip_hf.cli.publish import check_file, write
+from hip_hf.cli.publish import check_file, write_file
 from hip_hf.eval.reporting import page, plots
 from hip_hf.eval.reporting.pictures import PICTURES
 
@@ -41,4 +41,4 @@ def main(
         check_file("--output", output)
         documents = [read_result(file) for file in results]
     drawn = [(document, PICTURES[document["command"]]) for document in documents]
-    write(output, page.render(title, drawn))
+    write_file(output, page.render(title, drawn))

@@ -40,8 +40,8 @@ def register() -> None:
         # Transformers has no public way to take a name back
         changes.at_undo(functools.partial(AttentionInterface._global_mapping.pop, name, None))
         changes.at_undo(functools.partial(AttentionMaskInterface._global_mapping.pop, name, None))
-    hip_cache.install()
-    continuous_batching.install()
+    hip_cache.install_caches()
+    continuous_batching.install_gate()
     changes.wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _adjust)
     changes.wrap(PreTrainedModel, "set_attn_implementation", _set)
     changes.wrap(PreTrainedModel, "post_init", _post_init)

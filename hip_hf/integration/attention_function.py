@@ -11,7 +11,7 @@ from torch import nn
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.integration import continuous_batching
 from hip_hf.integration.cache_layers import CUT_OFF, cut_off, outside_of_graphs, spoil
-from hip_hf.integration.layer_attention import attend_layer, is_bidirectional, refuse
+from hip_hf.integration.layer_attention import attend_layer, check_layer_call, is_bidirectional
 from hip_hf.problem import tracing
 
 
@@ -50,11 +50,11 @@ def _compiled(
     tensor operations, which any graph can hold."""
     if is_bidirectional(module, attention_mask, fields.get("is_causal")) or tracing():
         return attend_layer(module, query, key, value, attention_mask, dropout, **fields)
-    refuse(module, dropout, fields)
+    check_layer_call(module, dropout, fields)
     from hip_hf.integration import in_graph  # an operator takes long to register
 
     if continuous_batching.cache_of(key, fields) is None and in_graph.serves(query, key):
-        return in_graph.attention(module, query, key, value, attention_mask, **fields), None
+        return in_graph.layer_in_graph(module, query, key, value, attention_mask, **fields), None
     return outside_of_graphs(
         attention_forward, module, query, key, value, attention_mask, dropout, **fields
     )

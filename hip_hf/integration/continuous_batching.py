@@ -380,7 +380,7 @@ class _Hook(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install() -> None:
+def install_gate() -> None:
     """Open the gate, now or when Transformers' module is imported. Harmless when called again."""
     if any(isinstance(finder, _Hook) for finder in sys.meta_path):
         return

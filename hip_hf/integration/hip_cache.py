@@ -149,7 +149,7 @@ class HiPCache(DynamicCache):
                     shape, parts = held.shape, [held]
                 tensors[f"{index}.{name}"] = shape, held.dtype, parts
         facts = {"model": self._model(), "layers": layers, "made_of": made_of or {}}
-        files.write(Path(path), facts, tensors)
+        files.write_tensors(Path(path), facts, tensors)
 
     def load(
         self,
@@ -175,16 +175,18 @@ class HiPCache(DynamicCache):
         with files.reading(path) as (file, facts):
             if facts["model"] != model:
                 got = f"a cache of {json.dumps(facts['model'])}"
-                files.fail(path, got, f"one of this model, {json.dumps(model)}")
+                files.refuse_file(path, got, f"one of this model, {json.dumps(model)}")
             made, wanted = facts.get("made_of", {}), json.loads(json.dumps(made_of))  # as in a file
             for name in {} if wanted is None else {**wanted, **made}:
                 got, asked = made.get(name), wanted.get(name)
                 if got != asked:
-                    files.fail(path, f"a cache made with {name}={got!r}", f"{name}={asked!r}")
+                    files.refuse_file(
+                        path, f"a cache made with {name}={got!r}", f"{name}={asked!r}"
+                    )
             kinds, saved = [_file_kind(layer) for layer in self.layers], facts["layers"]
             found = [layer["kind"] for layer in saved]
             if found != kinds:
-                files.fail(path, f"layers {found}", f"{kinds}, as this model has")
+                files.refuse_file(path, f"layers {found}", f"{kinds}, as this model has")
             names = set(file.keys())
             fresh: list[Any] = []
             layer: Any
@@ -358,7 +360,7 @@ def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(cls)
 
 
-def install() -> None:
+def install_caches() -> None:
     """Let caches be these: the dynamic cache made from a model's config a `HiPCache`, and the
     full-attention layers of a static cache layers with a decode state."""
     ours = {

@@ -104,7 +104,7 @@ _LAYER = f"({_TENSORS}, Tensor? state, bool learning, SymInt number, {_OTHERS}) 
 _LAYER_BACKWARD = f"(Tensor grad, {_TENSORS}, SymInt number, {_OTHERS}) -> Tensor[]"
 
 
-def attention(
+def layer_in_graph(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -86,7 +86,7 @@ def attend_layer(
     """Attention of one layer: query `[B, Hq, Tq, D]`, key and value `[B, Hkv, Tk, D]` ->
     `[B, Tq, Hq, Dv]`. `unrotated`: query and key come from a patched layer, before RoPE. Raises
     ValueError if the layer asks for what would be computed wrongly, or the mask does not fit."""
-    refuse(module, dropout, kwargs)
+    check_layer_call(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask, rows, follower = attention_mask, query.shape[2], tracing()
     if is_bidirectional(module, mask, is_causal):
@@ -155,7 +155,7 @@ def is_bidirectional(module: nn.Module, mask: torch.Tensor | None, is_causal: bo
     return not is_causal and (mask is None or not holds_positions(mask))
 
 
-def refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def check_layer_call(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for a layer that asks for something that would be computed wrongly.
     `kwargs`: its further arguments."""
     if dropout:

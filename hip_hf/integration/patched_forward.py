@@ -25,7 +25,7 @@ from hip_hf.integration.continuous_batching import is_paged
 from hip_hf.integration.decode_fast_path import next_token
 from hip_hf.integration.extension import UNROTATED, extended, other_cache, positions_of
 from hip_hf.integration.hip_cache import HiPCache
-from hip_hf.integration.layer_attention import refuse
+from hip_hf.integration.layer_attention import check_layer_call
 from hip_hf.integration.patches.base import Patcher
 from hip_hf.integration.settings import NAMES, layer_settings
 from hip_hf.shown import refused
@@ -80,7 +80,7 @@ def forward(
     cache = cache_among((*args, *kwargs.values()))
     kwargs = {key: value for key, value in kwargs.items() if value is not cache}
     dropout = self.attention_dropout if self.training else 0.0
-    refuse(self, dropout, kwargs)
+    check_layer_call(self, dropout, kwargs)
     sliding = ours.patcher.sliding_window(self)
     unrotated = extended(self, sliding)
     if unrotated:

@@ -139,7 +139,7 @@ class Tiling:
     starts: Tensor  # int64, one for each query block
 
 
-def tile(square: Square, options: Options, device: torch.device) -> Tiling:
+def tile_square(square: Square, options: Options, device: torch.device) -> Tiling:
     """Own blocks lie at the same relative place in the keys' order as their rows in the rows'
     order."""
     size = min(options.block_size, square.keys)
@@ -193,7 +193,7 @@ def flops(
         read += max(0, high * (high + 1) // 2 - low * (low + 1) // 2)
     products = read
     for square in (square for level in levels for square in level):
-        own = tile(square, options, torch.device("cpu"))
+        own = tile_square(square, options, torch.device("cpu"))
         rows = max(0, square.end - max(square.first, since))
         products += rows * (own.size + own.samples)
         # a sampled key in the own block is read there already: those outside it count, on average

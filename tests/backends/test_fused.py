@@ -22,8 +22,8 @@ def heard(monkeypatch):
     monkeypatch.setattr(workers, "_fast_bf16", lambda: True)
     monkeypatch.setattr(
         fused,
-        "attention",
-        lambda *args, own=fused.attention, **more: calls.append(1) or own(*args, **more),
+        "fused_attention",
+        lambda *args, own=fused.fused_attention, **more: calls.append(1) or own(*args, **more),
     )
     return calls
 

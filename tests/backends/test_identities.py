@@ -114,7 +114,7 @@ def test_selecting_every_middle_block_is_dense_attention(given: dict, heads: sli
     for first in range(0, tokens, 16):
         block = make_query_block(config, first, first, first + 15, None, sliding)
         ids = torch.arange(block.low, block.high).expand(heads.stop - heads.start, 1, -1)
-        block_sparse.attend(t.part(heads), [block], ids, config.block_k)
+        block_sparse.attend_blocks(t.part(heads), [block], ids, config.block_k)
     own = slice(2 * heads.start, 2 * heads.stop)
     want, want_lse = eager(q, k, v, causal(1, tokens, tokens, sliding=sliding), **fields)
     assert_near(out[:, own], want[:, own])

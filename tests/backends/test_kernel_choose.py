@@ -11,7 +11,7 @@ from helpers import small
 from selection_cases import Case, whole
 
 from hip_hf.backends.triton.selection import search
-from hip_hf.backends.triton.selection.search import MOST_LOOKS, constants, looks_for
+from hip_hf.backends.triton.selection.search import MOST_LOOKS, looks_for, search_constants
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 
@@ -28,7 +28,7 @@ def looks_of(case: Case) -> int:
     config = case.config
     looks = looks_for(len(case.spans), config.block_k, 132)
     call = (case.groups, 64, case.q.dtype, 1, 400, "sm90", True)
-    return constants(config, *call, looks=looks)["LOOKS"]
+    return search_constants(config, *call, looks=looks)["LOOKS"]
 
 
 @pytest.mark.usefixtures("poison")
@@ -93,8 +93,11 @@ def test_what_is_not_shared(fields: dict[str, Any], stateful: bool) -> None:
     prompts."""
     config = small(**{"rescore": 3, **fields})
     shape = (config, 2, 64, torch.float32, 1, 4096, "sm90", stateful)
-    assert constants(*shape, looks=MOST_LOOKS)["LOOKS"] == 1
-    assert constants(small(rescore=3), *shape[1:-1], True, looks=MOST_LOOKS)["LOOKS"] == MOST_LOOKS
+    assert search_constants(*shape, looks=MOST_LOOKS)["LOOKS"] == 1
+    assert (
+        search_constants(small(rescore=3), *shape[1:-1], True, looks=MOST_LOOKS)["LOOKS"]
+        == MOST_LOOKS
+    )
 
 
 def test_scratch_of_a_shared_search_is_small() -> None:

@@ -123,10 +123,10 @@ def test_scratch_is_for_the_tails_alone(
     ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poison: None
 ) -> None:
     """Also where the rows of a batch's sequences end apart, or are fewer than a tail."""
-    made, original = [], decode.Scratch.make
+    made, original = [], decode.DecodeScratch.make
     monkeypatch.setattr(dense, "splits_for", lambda *_: 4)
     monkeypatch.setattr(
-        decode.Scratch, "make", lambda *args: made.append(original(*args)) or made[-1]
+        decode.DecodeScratch, "make", lambda *args: made.append(original(*args)) or made[-1]
     )
     spans = tuple(Span(b, 0, 50 + end, 0, end, 50) for b, end in enumerate(ends))
     found = []

@@ -15,7 +15,7 @@ from kernel_cases import precisions
 from selection_cases import Case, whole
 from with_rope import positions
 
-from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel, votes_of
+from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel, select_votes
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span
@@ -101,7 +101,7 @@ def needs(
 def voted(case: Case, block_q: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """The votes that the kernels cast, and how much each finds near."""
     q, _, kv, sequences = case.arguments()
-    votes, near = votes_of(q, kv, sequences, case.config, case.logits(), block_q)
+    votes, near = select_votes(q, kv, sequences, case.config, case.logits(), block_q)
     return votes.cpu(), near.cpu()
 
 
@@ -244,7 +244,7 @@ def test_where_all_that_are_asked_vote_they_are_read_where_they_lie(
 ) -> None:
     case = Case(small(query_stride=stride), [whole(151, 29)], groups=3)
     q, _, kv, sequences = case.arguments()
-    votes, found = votes_of(q, kv, sequences, case.config, case.logits(), 16)
+    votes, found = select_votes(q, kv, sequences, case.config, case.logits(), 16)
     assert votes is q
     for block in case.blocks(case.spans[0], False):
         if block.num_candidates > case.config.budget // case.config.block_k:

@@ -16,7 +16,7 @@ from selection_cases import Case, whole
 
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.scoring import chunk_logits
-from hip_hf.backends.triton.selection.search import unsupported
+from hip_hf.backends.triton.selection.search import unsupported_search
 from hip_hf.backends.triton.selection.select import select_kernel
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import REPRESENTATIVES, HiPConfig
@@ -236,5 +236,5 @@ def test_a_selection_serves_until_it_is_as_old_as_decode_refresh() -> None:
 
 
 def test_what_the_kernel_cannot_do_is_said() -> None:
-    assert not unsupported(HiPConfig())
-    assert "beam * budget" in unsupported(HiPConfig(budget=16384, beam=4))
+    assert not unsupported_search(HiPConfig())
+    assert "beam * budget" in unsupported_search(HiPConfig(budget=16384, beam=4))

@@ -22,7 +22,7 @@ from hip_hf.backends.triton.attention.backward import (
     key_gradient_arguments,
     query_gradient_arguments,
 )
-from hip_hf.backends.triton.attention.decode import Scratch, decode
+from hip_hf.backends.triton.attention.decode import DecodeScratch, decode
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common import addressing
@@ -159,7 +159,7 @@ def test_steps(paged: bool) -> None:
     out, lse, scratch = (
         torch.zeros_like(q),
         tensor(BATCH, HEADS, 1, dtype=torch.float32),
-        Scratch.make(2, q, DIM),
+        DecodeScratch.make(2, q, DIM),
     )
     decode(Operands(q, kv, LOGITS, out, lse), Part(rows, read), scratch)
     assert scratch.lse[-1, -1, -1, -1] > 0
@@ -171,7 +171,7 @@ def test_dense_rows() -> None:
     out, lse = torch.empty_like(q), tensor(BATCH, HEADS, ROWS, dtype=torch.float32)
     x, part = Operands(q, kv, LOGITS, out, lse), Part(rows, dense_reads())
     prefill.prefill(x, part, stride=2)
-    decode(x, part, Scratch.make(2, q, DIM))
+    decode(x, part, DecodeScratch.make(2, q, DIM))
     assert lse[-1, -1, -1] > 0
 
 

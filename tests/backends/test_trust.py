@@ -108,7 +108,7 @@ def test_what_has_passed_is_not_asked_for_again(
     call()
     monkeypatch.setattr(trust, "verdict", lambda *asked: pytest.fail("asked again"))
     assert call().path == "sparse"
-    why = trust.refuse(torch.device(DEVICE), small().text, RuntimeError("no room"))
+    why = trust.note_refusal(torch.device(DEVICE), small().text, RuntimeError("no room"))
     with pytest.warns(UserWarning, match="no room"):
         assert call().reason == f"no kernels: {why}"
 
@@ -185,7 +185,7 @@ def test_a_launch_that_triton_refuses_goes_dense(
 ) -> None:
     """The self-test knows the default settings; others may ask for more than the device has. The
     state goes on."""
-    run, tried = dispatch.run, []
+    run, tried = dispatch.run_by_kernels, []
 
     def refused(problem: AttentionProblem, config: Any, *rest: Any) -> Any:
         tried.append(config.budget)
@@ -193,7 +193,7 @@ def test_a_launch_that_triton_refuses_goes_dense(
             raise error
         return run(problem, config, *rest)
 
-    monkeypatch.setattr(dispatch, "run", refused)
+    monkeypatch.setattr(dispatch, "run_by_kernels", refused)
     q, k, v = (x.to(DEVICE) for x in make_qkv(101))
     state = DecodeState()
     with pytest.warns(UserWarning, match="out of resource"):
@@ -266,7 +266,7 @@ def test_other_errors_of_a_call_are_not_hidden(
         RuntimeError("no error of Triton's"),
     ):
         monkeypatch.setattr(
-            dispatch, "run", lambda *args, error=error: (_ for _ in ()).throw(error)
+            dispatch, "run_by_kernels", lambda *args, error=error: (_ for _ in ()).throw(error)
         )
         with pytest.raises(type(error), match=str(error)):
             call()
@@ -384,7 +384,7 @@ def test_passed_tests_are_kept_for_the_same_device_driver_and_code(
 
 def test_what_failed_is_not_kept_on_disk(self_test: SelfTest, tmp_path: Path) -> None:
     assert trust.verdict(CPU, Heads(), checks.SPARSE) == ""
-    trust.note(CPU, Heads(), checks.SPARSE, [WRONG])
+    trust.keep_verdict(CPU, Heads(), checks.SPARSE, [WRONG])
     assert not list((tmp_path / "passed").iterdir())
     assert "9 times" in trust.verdict(CPU, Heads(), checks.SPARSE)
     assert self_test.asked == ["sparse"]

@@ -76,7 +76,7 @@ def test_demo_prints_tables(
     checkpoint: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # in this process: that the measurements come from fresh ones is shown above
-    monkeypatch.setattr(demo, "in_own_process", demo.answer)
+    monkeypatch.setattr(demo, "answer_in_own_process", demo.answer_alone)
     given = ("--checkpoint", checkpoint, "--document", text, "--picture", tmp_path / "demo.png")
     settings = ("--facts", 1, "--tokens", 300, "--set", "method=streaming")
     result = invoke(demo.main, *given, *settings)
@@ -91,7 +91,7 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
     facts = make_facts(3, seed=1)
     assert facts == make_facts(3, seed=1) != make_facts(3, seed=2)
     assert [int(3 * fact.depth) for fact in facts] == [0, 1, 2]
-    tokenizer = inputs.load(checkpoint, "sdpa", {})[1]
+    tokenizer = inputs.load_or_exit(checkpoint, "sdpa", {})[1]
     prompts, new_tokens, beyond = demo.prepare(checkpoint, text, 600, facts)
     assert (new_tokens, beyond) == (6, False)
     for prompt, asked in zip(prompts, facts, strict=True):
@@ -99,13 +99,15 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
         assert tokenizer.decode(prompt).endswith(documents.question(asked.name))
         at = position_of(tokenizer, prompt, asked)
         assert at / 600 == pytest.approx(asked.depth, abs=0.2)
-        assert tokenizer.decode(prompt[at:]).startswith(documents.note(asked.name, asked.key))
+        assert tokenizer.decode(prompt[at:]).startswith(
+            documents.hidden_fact(asked.name, asked.key)
+        )
         # each in a document of its own
         assert sum(fact.key in tokenizer.decode(prompt) for fact in facts) == 1
 
 
 def test_kinds_read_counts_what_attention_counts(checkpoint: str) -> None:
-    settings = inputs.load(checkpoint, "sdpa", {})[2]
+    settings = inputs.load_or_exit(checkpoint, "sdpa", {})[2]
     q, k = torch.randn(1, 4, 512, 16), torch.randn(1, 2, 512, 16)
     problem = AttentionProblem(q, k, k, make_spans(q, k), 0.25)
     kinds, path = kinds_read(problem, settings, layer=1)
@@ -175,7 +177,7 @@ def test_memory_beyond_the_cache_is_that_of_a_chunk(checkpoint: str, text: Path)
     beside = {}
     for tokens, chunk in ((4096, 512), (16384, 512), (16384, None)):
         prompts, _, _ = demo.prepare(checkpoint, text, tokens, make_facts(1, seed=0))
-        memory = demo.in_own_process(DemoRun(checkpoint, "hip", prompts, 2, fields, chunk))[
+        memory = demo.answer_in_own_process(DemoRun(checkpoint, "hip", prompts, 2, fields, chunk))[
             "memory_mib"
         ]
         beside[tokens, chunk] = memory["peak"] - memory["cache"]
@@ -333,7 +335,7 @@ def test_demo_of_a_model_prints_tables(checkpoint: str, text: Path) -> None:
 
 def test_demo_says_what_the_model_says(checkpoint: str, text: Path) -> None:
     """Against the logits of the whole model; and where it says no digit, there is none."""
-    net, tokenizer, _ = inputs.load(checkpoint, "sdpa", {})
+    net, tokenizer, _ = inputs.load_or_exit(checkpoint, "sdpa", {})
     ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
     prompt = make_needles(tokenizer, ids, 600, 4, random.Random(0))
     steps: list[int] = []

@@ -38,7 +38,7 @@ def test_every_method(
     assert (made["memory_mib"]["cache"] > pages) == summarises(HiPConfig(method=method))
 
     monkeypatch.setattr(
-        demo, "in_own_process", demo.answer
+        demo, "answer_in_own_process", demo.answer_alone
     )  # that demo starts processes is shown elsewhere
     given = (
         "--document",

@@ -20,7 +20,7 @@ from hip_hf.cli import fidelity as fidelity_command
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import fidelity, mass
 from hip_hf.eval.measure.capture import DENSE, capture
-from hip_hf.eval.measure.costs import block_cost, total
+from hip_hf.eval.measure.costs import block_cost, total_cost
 from hip_hf.geometry import query_blocks
 from hip_hf.methods.base import selects
 from hip_hf.problem import AttentionProblem
@@ -138,7 +138,7 @@ def test_settings_of_different_geometry_are_measured_apart() -> None:
 def test_costs_of_a_prompt() -> None:
     problem = make_problem(*make_qkv(500))
     config = small()
-    cost = total(
+    cost = total_cost(
         block_cost(config, block, 16, 16) for block in query_blocks(config, problem.spans[0], False)
     )
     assert (cost.rows, cost.visible, cost.dense) == (500, 500 * 501 // 2, 500 * 501 // 2 * 64)

@@ -27,7 +27,15 @@ from hip_hf.cli import needles as needles_command
 from hip_hf.cli.presets import over_budgets, settings_of
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import losses, needles
-from hip_hf.eval.measure.documents import CHECKPOINT, DIGITS, DOCUMENT, Fact, load, note, question
+from hip_hf.eval.measure.documents import (
+    CHECKPOINT,
+    DIGITS,
+    DOCUMENT,
+    Fact,
+    hidden_fact,
+    load,
+    question,
+)
 from hip_hf.eval.measure.losses import StepLosses
 from hip_hf.eval.measure.needles import NeedlesAnswer, NeedlesCounts, NeedlesPlan, NeedlesPrompt
 from hip_hf.eval.reporting.resumable import Resumable
@@ -52,10 +60,10 @@ def test_a_prompt_has_every_fact_once_and_asks_for_all(length: int, facts: int) 
     assert end == "".join(f"{question(fact.name)} {fact.key}." for fact in asked)
     assert len({fact.name for fact in asked}) == facts
     for fact in asked:
-        assert document.count(note(fact.name, fact.key)) == 1
+        assert document.count(hidden_fact(fact.name, fact.key)) == 1
     plain = document
     for fact in asked:
-        plain = plain.replace(note(fact.name, fact.key), "")
+        plain = plain.replace(hidden_fact(fact.name, fact.key), "")
     assert plain == TEXT[: len(plain)]
     # a byte is a token
     assert document.index("\nThe pass key") >= math.floor(needles.FREE * len(plain))

@@ -8,11 +8,11 @@ import torch
 from interpreter import DEVICE
 from kernel_cases import Case, check, make_case, spans_of
 
-from hip_hf.backends.triton.attention.decode import Scratch, decode
+from hip_hf.backends.triton.attention.decode import DecodeScratch, decode
 
 
-def scratch_for(case: Case, splits: int) -> Scratch:
-    scratch = Scratch.make(splits, case.q.to(DEVICE), case.v.shape[-1])
+def scratch_for(case: Case, splits: int) -> DecodeScratch:
+    scratch = DecodeScratch.make(splits, case.q.to(DEVICE), case.v.shape[-1])
     scratch.out.fill_(torch.nan)
     scratch.lse.fill_(torch.nan)
     return scratch

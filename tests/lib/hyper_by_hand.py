@@ -60,7 +60,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, config: HiPConfig) -> torch.Tensor
                 out[:, i - position, others.start : i + 1] += 1
             continue
         square = Square(some.start, some.stop, others.start, others.stop)
-        tiling = hyper.tile(square, options, q.device)
+        tiling = hyper.tile_square(square, options, q.device)
         ranks = hyper.sampled_ranks(square, tiling.samples, config.seed, q.device)
         for head in range(q.shape[1]):
             of_q, of_k = (

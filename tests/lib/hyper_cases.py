@@ -12,7 +12,7 @@ from kernel_cases import precisions
 
 from hip_hf.backends.triton import hyper
 from hip_hf.backends.triton.common.arguments import Logits
-from hip_hf.methods.hyper import Options, Square, tile
+from hip_hf.methods.hyper import Options, Square, tile_square
 
 
 def squares_in(
@@ -65,7 +65,7 @@ def check_squares(
     )
     level = hyper.Level.of(squares, 0, options, 3, len(k), torch.device("cpu"))
     assert (
-        tile(squares[1], options, torch.device("cpu")).rows < squares[1].rows
+        tile_square(squares[1], options, torch.device("cpu")).rows < squares[1].rows
     )  # several query blocks
     orders = [
         level.order(torch.randint(99, x.shape[:2]), ends, 7)

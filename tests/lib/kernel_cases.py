@@ -14,7 +14,7 @@ from tensor_cores import Emulation, Reordered, TensorCores
 
 from hip_hf.attention import Result
 from hip_hf.backends.tensors import tensors_of
-from hip_hf.backends.torch.block_sparse import attend, attend_range
+from hip_hf.backends.torch.block_sparse import attend_blocks, attend_range
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads
@@ -174,7 +174,7 @@ class Case:
                     kv_head, member = head // self.groups, head % self.groups
                     ids = self.chosen(at, head, i)[None, None]
                     own = t.part(slice(kv_head, kv_head + 1), slice(member, member + 1))
-                    attend(own, [block], ids, self.config.block_k)
+                    attend_blocks(own, [block], ids, self.config.block_k)
         return out, lse
 
     def dense_reference(self) -> tuple[torch.Tensor, torch.Tensor]:

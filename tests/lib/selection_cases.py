@@ -14,7 +14,7 @@ from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
-from hip_hf.backends.triton.selection.votes import votes_of
+from hip_hf.backends.triton.selection.votes import select_votes
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span, query_blocks
@@ -143,7 +143,7 @@ class Case:
         each of them finds near."""
         q, _, kv, sequences = self.arguments()
         block_q = self.config.block_q
-        votes, near = votes_of(q, kv, sequences, self.config, self.logits(), block_q)
+        votes, near = select_votes(q, kv, sequences, self.config, self.logits(), block_q)
         voting = Voting.of(self.config, self.groups, block_q, False)
         assert voting.ranked
         return (

@@ -38,7 +38,7 @@ def always_read(block: QueryBlock) -> tuple[int, int]:
     return block.sink_end - block.start, block.last + 1 - block.window_start
 
 
-class Logits:
+class BlockLogits:
     """Logits of query blocks that are `alike`, one query block after another, over a part of what
     they read: the key blocks `ids` `[heads, len(blocks), n]` (None: none), and, if `near`, sink and
     window, in this order.
@@ -134,7 +134,7 @@ def near_logits(
     `alike` for what they always read, behind room for those of `reserved` selected keys, and
     the log-sum-exp `[heads, G, len(blocks) * rows]` of each block's rows that are `asked`, in fp32
     at least; NaN for the others."""
-    of = Logits(t, blocks, None, block_k, reserved=reserved)
+    of = BlockLogits(t, blocks, None, block_k, reserved=reserved)
     shape, by_group = (of.count, of.kv_heads, of.rows, reserved + of.keys), (of.groups, -1)
     logits = scratch.take("near", shape, of.like)
     lse = torch.full(shape[:3], torch.nan, dtype=of.lse_dtype, device=of.like.device)
@@ -162,7 +162,7 @@ def partial(
     `[heads, G, rows, Dv]` and log-sum-exp `[heads, G, rows]` (without attention sinks), in the
     dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
     `near_logits` gives them; they are overwritten."""
-    of = Logits(t, blocks, ids, block_k, near=near and known is None)
+    of = BlockLogits(t, blocks, ids, block_k, near=near and known is None)
     sink, window = always_read(blocks[0]) if near else (0, 0)
     values = Parts("v", t.v, blocks, (of.picked, sink, window), block_k)
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
@@ -185,7 +185,7 @@ def partial(
     return of.by_rows(outputs), of.by_rows(torch.stack(lses)) if need_lse else None
 
 
-def attend(
+def attend_blocks(
     t: Tensors, blocks: list[QueryBlock], ids: Tensor, block_k: int, known: Tensor | None = None
 ) -> None:
     """Sparse attention of query blocks.

@@ -44,7 +44,7 @@ def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None =
     serves, else block by block. What they read is added to `pieces`, for the gradients."""
     served = fused.serves_rows(t, span)
     if served:
-        fused.attend_rows(t, first, span)
+        fused.fused_rows(t, first, span)
         if pieces is None:
             return
     tasks = range_tasks(t, first, span)
@@ -79,7 +79,7 @@ def _in_one_piece(problem: AttentionProblem, span: Span) -> bool:
     return not (isinstance(keys, PagedKeys) and keys.borders(0, span.end))
 
 
-def alike(problem: AttentionProblem) -> bool:
+def spans_alike(problem: AttentionProblem) -> bool:
     """Whether all batch rows are one sequence each, of the same keys and rows, so that one call
     serves them."""
     if isinstance(problem.k, PagedTensor):

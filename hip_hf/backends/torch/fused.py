@@ -19,7 +19,7 @@ from hip_hf.workers import compute_dtype
 
 # Output and log-sum-exp of `[B, H, rows, D]` and `[B, H, keys, D]`: what
 # `scaled_dot_product_attention` calls on a CPU.
-attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def serves_rows(t: Tensors, span: Span) -> bool:
@@ -31,7 +31,7 @@ def serves_rows(t: Tensors, span: Span) -> bool:
     return plain and within and alike and span.rows > 1 and t.q.device.type == "cpu"
 
 
-def attend_rows(t: Tensors, first: int, span: Span) -> None:
+def fused_rows(t: Tensors, first: int, span: Span) -> None:
     """Dense attention of the query rows of a span from `first` on: to all keys before them, and to
     their own up to themselves. PyTorch's own would need a mask of rows times keys, which takes it
     half as long again."""
@@ -43,9 +43,9 @@ def attend_rows(t: Tensors, first: int, span: Span) -> None:
     def keys(start: int, end: int) -> list[Tensor]:
         return [x[:, start:end][:, None].expand(-1, q.shape[1], -1, -1) for x in (t.k, t.v)]
 
-    out, lse = attention(q, *keys(at, span.end), is_causal=True, scale=t.scale)
+    out, lse = fused_attention(q, *keys(at, span.end), is_causal=True, scale=t.scale)
     out = out.to(lse.dtype)
     for start, end in pairwise([0, *cuts_of(t.k, 0, at), at] if at else []):
-        before, before_lse = attention(q, *keys(start, end), scale=t.scale)
+        before, before_lse = fused_attention(q, *keys(start, end), scale=t.scale)
         lse = merge(out, lse, before.to(lse.dtype), before_lse)
     store(t, rows, out, lse)

@@ -29,7 +29,7 @@ from hip_hf.methods.hyper import (
     projections,
     sampled_ranks,
     split,
-    tile,
+    tile_square,
 )
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import compute_dtype, run, scratch
@@ -92,7 +92,7 @@ class HyperAttention(HyperCall):
         rows, keys = codes
         rows = rows[..., square.first - span.position : square.end - span.position]
         keys = keys[..., square.key_first : square.key_end]
-        tiling = tile(square, self.options, keys.device)
+        tiling = tile_square(square, self.options, keys.device)
         samples = sampled_ranks(square, tiling.samples, self.config.seed, keys.device)
         rows, keys = (x.argsort(dim=-1, stable=True) for x in (rows, keys))
         return Orders(square, tiling, rows + square.first, keys + square.key_first, samples)

@@ -14,7 +14,7 @@ from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.block_sparse import (
     alike,
-    attend,
+    attend_blocks,
     attend_range,
     in_parts,
     near_logits,
@@ -169,12 +169,12 @@ class SparseAttention(BlockSparseCall):
             for block in blocks:
                 attend_range(t, block)
         elif ids.shape[1] == 1:
-            attend(t, blocks, ids[:, 0], size, known)
+            attend_blocks(t, blocks, ids[:, 0], size, known)
         else:
             each = [None] * ids.shape[1] if known is None else known.chunk(ids.shape[1], dim=2)
             for group, own in enumerate(each):
                 part = t.part(slice(None), slice(group, group + 1))
-                attend(part, blocks, ids[:, group], size, own)
+                attend_blocks(part, blocks, ids[:, group], size, own)
         self._take_note(span, heads, blocks, ids)
 
     def _take_note(

@@ -210,12 +210,12 @@ def in_pages(x: Tensor, table: BlockTable) -> PagedTensor:
     return PagedTensor(store, [table], tokens)
 
 
-def prompt(trial: Trial) -> None:
+def check_prompt(trial: Trial) -> None:
     """Pyramid, selection and attention of a prompt's last rows, its dense tail among them."""
     trial.both(*trial.planted(trial.rows, trial.keys), trial.config)
 
 
-def decode(trial: Trial) -> None:
+def check_decode(trial: Trial) -> None:
     """A prompt and steps on a kept state, until the selection has been made anew and kept again."""
     config, keys = trial.config, trial.keys
     assert isinstance(config.decode_refresh, int)
@@ -245,7 +245,7 @@ def dense(trial: Trial) -> None:
         trial.both(q[:, :, -rows:], k, v, config, softcap=SOFTCAP)
 
 
-def gradients(trial: Trial) -> None:
+def check_gradients(trial: Trial) -> None:
     """Gradients of q, k, v and sinks through the selection's attention and the dense tail."""
     config, heads = trial.config, trial.heads
     q, k, v = trial.planted(trial.rows, trial.keys)
@@ -267,20 +267,20 @@ def gradients(trial: Trial) -> None:
         trial.same(f"gradient of {name}", got, want)
 
 
-def hyper(trial: Trial) -> None:
+def check_hyper(trial: Trial) -> None:
     """HyperAttention: hashes, leaves and squares."""
     config = replace(trial.config, method="hyper", options=HYPER_SIZES)
     trial.both(*trial.plain(HYPER_TOKENS, HYPER_TOKENS), config)
 
 
-def delta(trial: Trial) -> None:
+def check_delta(trial: Trial) -> None:
     """Delta correction in steps: dense rows at a stride, and what they correct."""
     config = trial.config
     q, k, v = trial.planted(config.block_q + trial.rows, trial.keys)
     trial.both(q, k, v, replace(config, delta=config.block_q // 2))
 
 
-def extended(trial: Trial) -> None:
+def check_extended(trial: Trial) -> None:
     """Context extension: q and k rotated as they are read, of a prompt, its dense rows, a step."""
     config = replace(trial.config, extend="streaming")
     pairs = max(1, trial.heads.dim // 4)
@@ -295,14 +295,14 @@ def extended(trial: Trial) -> None:
 # What depends on which kernels: a call asks for those of its parts.
 SPARSE, GRADIENTS, HYPER, DELTA, EXTENDED = "sparse", "gradients", "hyper", "delta", "extended"
 CHECKS: dict[str, tuple[str, Callable[[Trial], None]]] = {
-    "prompt": (SPARSE, prompt),
-    "decode": (SPARSE, decode),
+    "prompt": (SPARSE, check_prompt),
+    "decode": (SPARSE, check_decode),
     "pages": (SPARSE, pages),
     "dense": (SPARSE, dense),
-    "gradients": (GRADIENTS, gradients),
-    "hyper": (HYPER, hyper),
-    "delta": (DELTA, delta),
-    "extended": (EXTENDED, extended),
+    "gradients": (GRADIENTS, check_gradients),
+    "hyper": (HYPER, check_hyper),
+    "delta": (DELTA, check_delta),
+    "extended": (EXTENDED, check_extended),
 }
 
 

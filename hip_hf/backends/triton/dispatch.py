@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXECUTORS = Executors(SparseAttention, HyperAttention, DeltaAttention.around)
 
 
-def run(
+def run_by_kernels(
     problem: AttentionProblem,
     config: HiPConfig,
     state: DecodeState | None,

@@ -36,7 +36,7 @@ from hip_hf.backends.triton.common.tuning import (
 )
 from hip_hf.backends.triton.dense import dense_rows, sequences_of
 from hip_hf.geometry import Span
-from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile
+from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile_square
 from hip_hf.state import DecodeState
 
 # Plans that stay on the device: a forward pass asks for the same ones in every layer.
@@ -80,7 +80,7 @@ class Level:
         """For squares of a span whose first row is at `position`."""
         cpu = torch.device("cpu")
         integers: Any = dict(dtype=torch.int32, device=cpu)
-        tilings = [tile(square, options, cpu) for square in squares]
+        tilings = [tile_square(square, options, cpu) for square in squares]
         both = list(zip(squares, tilings, strict=True))
         rows = [
             [s.first - position, s.rows, s.key_first, s.keys, t.rows, t.size, t.samples]

@@ -27,7 +27,7 @@ from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.backends.triton.dispatch import run
+from hip_hf.backends.triton.dispatch import run_by_kernels
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import SelectionBuffers
 from hip_hf.backends.triton.sparse import DeviceState
@@ -114,7 +114,7 @@ def _(q: Tensor, k: Tensor, sinks: Tensor | None, table: Tensor, *rest: Any) -> 
 def _parts(
     q: Tensor, k: Tensor, lists: Sequence[Tensor | None], fields: HiPConfig, block_q: int
 ) -> tuple[Part, ...]:
-    """What an attention operator was told of its `_LISTS`, as `backward.attention` takes it."""
+    """What an attention operator was told of its `_LISTS`, as `backward.with_gradients` takes it."""
     (table, tail, indices, counts), sizes = lists, (q.shape[2], k.shape[2])
     assert table is not None
     if block_q == 0:
@@ -226,14 +226,14 @@ def prompt(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any) ->
     fields = settings(config)
     if spans:
         with launching(q, fields):
-            run(problem, fields, None, out, lse, False)
+            run_by_kernels(problem, fields, None, out, lse, False)
     return out, lse
 
 
 prompt.register_fake(_fake_outputs)
 
 
-def attention(
+def attention_in_graph(
     problem: AttentionProblem,
     config: HiPConfig,
     dense: bool,

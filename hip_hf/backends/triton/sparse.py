@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from hip_hf.backends.base import BlockSparseCall, steps_of
-from hip_hf.backends.triton.attention.backward import attention
-from hip_hf.backends.triton.attention.decode import Scratch, decode, decode_once, splits_for
+from hip_hf.backends.triton.attention.backward import with_gradients
+from hip_hf.backends.triton.attention.decode import DecodeScratch, decode, decode_once, splits_for
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import prefill
 from hip_hf.backends.triton.common.arguments import Reads, dense_reads
@@ -47,11 +47,11 @@ def by_batch_row(spans: tuple[Span, ...], batch: int) -> tuple[Span, ...] | None
     return tuple(rows.get(b, Span(b, 0, 0, 0, 0, 0)) for b in range(batch))
 
 
-def step_scratch(config: HiPConfig, q: Tensor, key_heads: int, dim_v: int) -> Scratch:
+def step_scratch(config: HiPConfig, q: Tensor, key_heads: int, dim_v: int) -> DecodeScratch:
     """Scratch for decode steps with queries like q `[B, Hq, 1, D]`; a window that is kept grows
     until the next selection."""
     keys = config.sparse_reach + steps_of(config)
-    return Scratch.make(splits_for(q, key_heads, q.shape[0], keys), q, dim_v)
+    return DecodeScratch.make(splits_for(q, key_heads, q.shape[0], keys), q, dim_v)
 
 
 @dataclass
@@ -66,7 +66,7 @@ class DeviceState:
 
     pyramid: KeyPyramid | None
     selection: SelectionBuffers
-    scratch: Scratch
+    scratch: DecodeScratch
     even: bool = False
 
     @staticmethod
@@ -134,7 +134,9 @@ class DeviceState:
         blocks, counts, window, made = (x[index] for x in self.tensors()[-4:])
         self.selection, scratch = SelectionBuffers(blocks, counts, window, made), self.scratch
         shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
-        self.scratch = Scratch(scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1]))
+        self.scratch = DecodeScratch(
+            scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1])
+        )
 
 
 def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Reads:
@@ -291,7 +293,7 @@ class SparseAttention(BlockSparseCall):
         parts = self._parts(spans, tails, reads_of(config, selection, block_q))
         if problem.needs_grad:
             logits = self.operands.logits
-            self.out, lse = attention(problem.q, problem.k, problem.v, logits, parts, config)
+            self.out, lse = with_gradients(problem.q, problem.k, problem.v, logits, parts, config)
             self.lse = None if self.lse is None else lse
             return
         attend_parts(self.operands, parts[:1], config.sparse_reach)
@@ -332,7 +334,7 @@ def unsupported(problem: AttentionProblem, config: HiPConfig) -> str:
         return reason
     if config.method == "hyper" and isinstance(problem.k, PagedTensor):
         return "method hyper has no kernels for keys and values in pages"
-    return search.unsupported(config) if config.method == "hip" else ""
+    return search.unsupported_search(config) if config.method == "hip" else ""
 
 
 def unsupported_tensors(problem: AttentionProblem) -> str:

@@ -115,7 +115,7 @@ def _lacking(device: torch.device) -> str:
     return f"Triton needs a C compiler ({some}, or what CC names), and there is none"
 
 
-def parts_of(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[str, ...]:
+def parts_needed(config: HiPConfig | None, learning: bool, extended: bool) -> tuple[str, ...]:
     """The parts of the kernels that a call needs; without settings it is dense."""
     hyper = config is not None and config.method == "hyper"
     delta = config is not None and config.delta is not None
@@ -154,7 +154,7 @@ def refuses(error: Exception, config: HiPConfig) -> bool:
     return isinstance(error, TritonError) or str(error).startswith("Triton Error [")
 
 
-def refuse(device: torch.device, settings: str, error: Exception) -> str:
+def note_refusal(device: torch.device, settings: str, error: Exception) -> str:
     """Use no kernels with these settings any more, as Triton refused them. Returns the reason."""
     why = f"Triton refuses the kernels with these settings ({said(error)})"
     _refused[device, settings] = why
@@ -170,7 +170,7 @@ def noting_refusals(device: torch.device, settings: HiPConfig) -> Iterator[None]
     except Exception as error:
         if not refuses(error, settings):
             raise
-        why = refuse(device, settings.text, error)
+        why = note_refusal(device, settings.text, error)
         raise RuntimeError(
             f"hip: {why}. From now on such calls are dense: make it again, compiled graphs anew."
         ) from error
@@ -209,10 +209,10 @@ def _test(device: torch.device, heads: Heads, part: str) -> str:
         found = self_test(device, heads, part)
     except torch.OutOfMemoryError:
         return "the self-test of the kernels found no free memory on the device"
-    return note(device, heads, part, found)
+    return keep_verdict(device, heads, part, found)
 
 
-def note(device: torch.device, heads: Heads, part: str, found: list[Found]) -> str:
+def keep_verdict(device: torch.device, heads: Heads, part: str, found: list[Found]) -> str:
     """Keep what the checks of a part have found, and say what is wrong."""
     wrong = [f"{one.name}: {one.problem}" for one in found if one.problem]
     why = f"the self-test of the kernels failed ({'; '.join(wrong)})" if wrong else ""

@@ -102,7 +102,7 @@ def call_cost(
         cost = _hyper(config, blocks, first, end, dim, value_dim, itemsize)
     else:
         shape = dim, value_dim, sliding_window, itemsize
-        cost = total(block_cost(config, block, *shape) for block in blocks)
+        cost = total_cost(block_cost(config, block, *shape) for block in blocks)
         whole = selector_for(config).cost_of_call(end - first, end, dim)
         flops, numbers = (n * rows // (end - first) for n in whole)
         cost += AttentionCost(selection=flops, selection_bytes=numbers * itemsize)
@@ -148,6 +148,6 @@ def _hyper(
     return cost + AttentionCost(attention_bytes=loaded, dense_bytes=loads * bytes_each)
 
 
-def total(costs: Iterable[AttentionCost]) -> AttentionCost:
+def total_cost(costs: Iterable[AttentionCost]) -> AttentionCost:
     """The sum of costs."""
     return sum(costs, AttentionCost())

@@ -68,7 +68,7 @@ def tried(
             for part in parts:
                 found = trust.self_test(device, of, part, config, backend)
                 if gpu and backend == "triton":  # what models ask before they use kernels
-                    trust.note(device, of, part, found)
+                    trust.keep_verdict(device, of, part, found)
                 yield from ((label, one) for one in found)
 
 

@@ -32,7 +32,7 @@ from hip_hf.eval.measure import kernel_costs as costs
 from hip_hf.eval.measure import latency
 from hip_hf.eval.measure.gpu_runs import CapturedSteps, DeviceClock, Timed, Work, captured
 from hip_hf.eval.measure.gpu_shapes import KernelCost, Shape, gpu_of
-from hip_hf.eval.measure.latency import GrowingSteps, interleave, ours, refresh_period, sdpa
+from hip_hf.eval.measure.latency import GrowingSteps, baseline, interleave, ours, refresh_period
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.resumable import Resumable, Rows
 from hip_hf.problem import AttentionProblem, make_spans
@@ -203,8 +203,8 @@ class Bench:
             if "prefill" in phases:
                 calls[name] = self.call(partial(ours, q, k, v, config))
         if "prefill" in phases:
-            probe = partial(sdpa, *(x[:, :, :BASELINE_PROBE] for x in (q, k, v)))
-            runs = self.baselines(latency.PREFILL, probe, partial(sdpa, q, k, v))
+            probe = partial(baseline, *(x[:, :, :BASELINE_PROBE] for x in (q, k, v)))
+            runs = self.baselines(latency.PREFILL, probe, partial(baseline, q, k, v))
             dense = {name: self.call(run) for name, run in runs.items()}
         self.time(latency.PREFILL, dense, [*calls.values(), *searches.values()])
         once = dict.fromkeys(plan.settings, 1)
@@ -226,8 +226,8 @@ class Bench:
         with torch.enable_grad():
             runs = self.baselines(
                 BACKWARD,
-                lambda: pull(sdpa(*small), small, torch.ones_like(small[0])),
-                lambda: partial(pull, sdpa(*leaves), leaves, grad),
+                lambda: pull(baseline(*small), small, torch.ones_like(small[0])),
+                lambda: partial(pull, baseline(*leaves), leaves, grad),
             )
             dense = {name: self.call(make()) for name, make in runs.items()}
             calls = {}
@@ -250,9 +250,9 @@ class Bench:
         def dense_steps() -> None:
             for step in range(most):
                 end = length + step + 1
-                sdpa(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end])
+                baseline(q[:, :, step : step + 1], k[:, :, :end], v[:, :, :end])
 
-        probe = partial(sdpa, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in (k, v)))
+        probe = partial(baseline, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in (k, v)))
         runs = self.baselines("decode", probe, dense_steps)
         dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
         calls, alone, states = {}, {}, dict[str, DeviceState]()
@@ -285,7 +285,7 @@ class Bench:
         most, dense, calls = max(counts.values()), {}, {}
         tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
         q, *kv = tensors
-        probe = partial(sdpa, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in kv))
+        probe = partial(baseline, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in kv))
         for backend in self.baselines("launched", probe, probe):
             steps = GrowingSteps(tensors, length, most, None)
             dense[backend] = self.call(partial(within, BASELINES[backend], steps))

@@ -10,7 +10,7 @@ from math import ceil
 import torch
 
 from hip_hf.backends.triton.attention.decode import kernel_of, splits_of
-from hip_hf.backends.triton.common.arguments import rows_of
+from hip_hf.backends.triton.common.arguments import rows_of_program
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import mask_heads
@@ -78,7 +78,7 @@ class Shape:
 
     def rows(self, kernel: str, block_q: int, lists: int) -> int:
         """Rows of a query block that a program of `kernel` takes."""
-        return rows_of(self.tile(kernel), self.query_heads // lists, block_q)
+        return rows_of_program(self.tile(kernel), self.query_heads // lists, block_q)
 
     def row_tiles(self, kernel: str, block_q: int, lists: int) -> int:
         """Tiles into which `kernel` cuts the rows of a query block; each gathers its keys for

@@ -22,7 +22,7 @@ import torch
 
 from hip_hf.config import HiPConfig
 from hip_hf.methods.base import options_of
-from hip_hf.methods.hyper import Options, Square, hashes, projections, tile
+from hip_hf.methods.hyper import Options, Square, hashes, projections, tile_square
 from hip_hf.methods.ranking import squash
 from hip_hf.problem import AttentionProblem
 
@@ -40,7 +40,7 @@ def measure_assumptions(problem: AttentionProblem, config: HiPConfig) -> dict[st
     (span,) = problem.spans
     half, options, groups = span.end // 2, options_of(config, Options), problem.groups
     square = Square(half, span.end, 0, half)
-    tiling = tile(square, options, problem.q.device)
+    tiling = tile_square(square, options, problem.q.device)
     directions = projections(options, problem.q.shape[-1], config.seed, problem.q.device)
     rows = slice(span.row_start + half, span.row_end)
     keys = slice(span.key_start, span.key_start + half)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from hip_hf.backends.triton.common.arguments import dense_reads
-from hip_hf.backends.triton.pyramid.pyramid import TILE_LEVELS, parts_of
-from hip_hf.backends.triton.selection.search import constants, looks_for
+from hip_hf.backends.triton.pyramid.pyramid import TILE_LEVELS, vectors_per_summary
+from hip_hf.backends.triton.selection.search import looks_for, search_constants
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.gpu_shapes import FP32_BYTES, NO_COST, KernelCost, Shape
@@ -32,7 +32,7 @@ def launch(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> dict[s
     step = block_q == 1
     looks = looks_for(shape.sequences * shape.lists(config), config.block_k, shape.processors)
     call = (config, shape.group, shape.dim, shape.dtype, block_q, tokens, shape.target)
-    return constants(*call, stateful=step, looks=looks)  # those of a prompt share nothing
+    return search_constants(*call, stateful=step, looks=looks)  # those of a prompt share nothing
 
 
 def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> KernelCost:
@@ -121,7 +121,7 @@ def summaries(
 ) -> KernelCost:
     """Return the cost of the summaries of `blocks` key blocks. For each of them `keys` are read,
     summaries of `chunks` are written, and `states` of them are moved, in fp32."""
-    parts = parts_of(config)
+    parts = vectors_per_summary(config)
     of_head = (keys + chunks * parts) * shape.size + states * (parts + 1) * FP32_BYTES
     return KernelCost(0, blocks * shape.key_heads * shape.dim * of_head)
 
@@ -158,7 +158,7 @@ def searches(tokens: int, config: HiPConfig, shape: Shape) -> KernelCost:
     return search(tokens, config, shape, config.block_q).times(count) + KernelCost(0, read)
 
 
-def keys_read(tokens: int, config: HiPConfig) -> float:
+def keys_of_tiles(tokens: int, config: HiPConfig) -> float:
     """Keys of a query block's tiles."""
     return min(config.sink + config.budget + config.window + config.block_q, tokens)
 
@@ -180,7 +180,7 @@ def dense_keys(kernel: str, tokens: int, rows: int, shape: Shape, products: int)
 def by_rows(kernel: str, tokens: int, config: HiPConfig, shape: Shape, products: int) -> KernelCost:
     """A kernel that goes through the keys of each query block, sparse rows and dense tail, but for
     the rows themselves."""
-    keys, dense = keys_read(tokens, config), tail(tokens, config)
+    keys, dense = keys_of_tiles(tokens, config), tail(tokens, config)
     sparse, lists = tokens - dense, shape.lists(config)
     gather = sparse / config.block_q * shape.gathered(kernel, config.block_q, lists, keys)
     own = KernelCost(shape.product_flops(products * sparse * keys), gather)
@@ -242,7 +242,9 @@ def key_gradients(tokens: int, config: HiPConfig, shape: Shape, shared: float = 
     touched."""
     per_tile = max(1, shape.tile("backward keys").keys // config.block_k)
     dense, selected = tail(tokens, config), min(config.budget, tokens)
-    wide = keys_read(tokens, config) + selected * (per_tile / shared - 1)  # rows meet whole tiles
+    wide = keys_of_tiles(tokens, config) + selected * (
+        per_tile / shared - 1
+    )  # rows meet whole tiles
     pairs = (tokens - dense) * wide + dense * tokens
     read = pairs / (per_tile * config.block_k) * shape.row * 2  # q and dO, once a tile
     return KernelCost(shape.product_flops(4 * pairs), read)

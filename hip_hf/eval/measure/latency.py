@@ -144,7 +144,7 @@ def interleave(calls: Sequence[TimedRun], repeats: int, enough: float = ENOUGH) 
             call.seconds.append(call.once())
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def baseline(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The baseline: PyTorch's attention, as Transformers calls it. q is `[B, Hq, Tq, D]`, k and v
     are `[B, Hkv, T, D]`, and the output is like q."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
@@ -180,7 +180,7 @@ class GrowingSteps:
             q = self.q[:, :, step : step + 1]
             k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
             if self.config is None:
-                sdpa(q, k, v)
+                baseline(q, k, v)
             else:
                 result = ours(q, k, v, self.config, self.state)
             self.length += 1
@@ -197,7 +197,7 @@ def refresh_period(config: HiPConfig) -> int:
 def prefill_rows(plan: TimingPlan, dtype: str, length: int) -> Rows:
     """One row per setting, all against the same runs of PyTorch's attention."""
     q, k, v = plan.random(dtype, length, length)
-    dense, settings = TimedRun(partial(sdpa, q, k, v)), plan.settings.items()
+    dense, settings = TimedRun(partial(baseline, q, k, v)), plan.settings.items()
     calls = {name: TimedRun(partial(ours, q, k, v, config)) for name, config in settings}
     interleave([dense, *calls.values()], plan.repeats)
     return [make_row(PREFILL, name, dtype, length, call, dense) for name, call in calls.items()]

@@ -183,7 +183,7 @@ def cache_row(kind: str, config: Any, length: int) -> dict[str, Any]:
     }
 
 
-def in_own_process(kind: str, config: Any, length: int) -> dict[str, Any]:
+def row_in_own_process(kind: str, config: Any, length: int) -> dict[str, Any]:
     """`cache_row` in a process that has done nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as fresh:
         return fresh.apply(cache_row, (kind, config, length))

@@ -154,7 +154,7 @@ def key_gradient_arguments(
     return grid, [arguments | each for each in passes]
 
 
-def attention(
+def with_gradients(
     q: Tensor, k: Tensor, v: Tensor, logits: Logits, parts: tuple[Part, ...], config: HiPConfig
 ) -> tuple[Tensor, Tensor]:
     """`prefill` that autograd knows: q `[B, Hq, Tq, D]`, k, v -> out `[B, Hq, Tq, Dv]` and lse fp32

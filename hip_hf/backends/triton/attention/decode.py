@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hip_hf.backends.triton.attention.operands import GridAndArguments, Operands, Part
 from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
-from hip_hf.backends.triton.common.arguments import rows_of
+from hip_hf.backends.triton.common.arguments import rows_of_program
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E
 from hip_hf.backends.triton.common.tuning import (
@@ -37,7 +37,7 @@ def kernel_of(block_q: int) -> str:
 
 
 @dataclass(frozen=True)
-class Scratch:
+class DecodeScratch:
     """Partial results of every split: out fp32 `[splits, B, Hq, Tq, Dv]`, lse fp32
     `[splits, B, Hq, Tq]`."""
 
@@ -45,10 +45,10 @@ class Scratch:
     lse: Tensor
 
     @staticmethod
-    def make(splits: int, q: Tensor, dim_v: int) -> Scratch:
+    def make(splits: int, q: Tensor, dim_v: int) -> DecodeScratch:
         """For queries like `q` `[B, Hq, Tq, D]`; its size does not grow with the number of keys."""
         shape = (splits, *q.shape[:3])
-        return Scratch(
+        return DecodeScratch(
             torch.empty(*shape, dim_v, dtype=torch.float32, device=q.device),
             torch.empty(shape, dtype=torch.float32, device=q.device),
         )
@@ -71,7 +71,7 @@ def splits_of(
     tile: Tile, group: int, heads: int, keys: int, rows: int, block_q: int, at_once: int
 ) -> int:
     """The same, for groups of `group` query heads, `heads` key heads and `at_once` processors."""
-    programs = heads * -(-rows // min(block_q, rows_of(tile, group, block_q)))
+    programs = heads * -(-rows // min(block_q, rows_of_program(tile, group, block_q)))
     most = min(MOST_SPLITS, -(-keys // tile.keys), max(1, 2 * at_once // programs))
     return 1 << (most.bit_length() - 1)
 
@@ -117,7 +117,7 @@ def combine_kernel(
 
 
 def combine_arguments(
-    scratch: Scratch, sequences: Sequences, out: Tensor, lse: Tensor | None
+    scratch: DecodeScratch, sequences: Sequences, out: Tensor, lse: Tensor | None
 ) -> GridAndArguments:
     """Grid and arguments of `combine_kernel`, which writes out `[B, Hq, Tq, Dv]` and, if there is
     one, lse fp32 `[B, Hq, Tq]`."""
@@ -136,7 +136,7 @@ def combine_arguments(
     return (sequences.max_rows, out.shape[1], sequences.count), arguments
 
 
-def decode(x: Operands, part: Part, scratch: Scratch) -> None:
+def decode(x: Operands, part: Part, scratch: DecodeScratch) -> None:
     """As `prefill`, but with the keys of each row split over as many programs as `scratch` has room
     for (`splits_for`).
 
@@ -157,4 +157,4 @@ def decode_once(x: Operands, part: Part, keys: int) -> None:
     """`decode` where no scratch is kept, of rows that read up to `keys` keys."""
     count, rows = part.sequences.count, part.sequences.max_rows
     splits = splits_for(x.q, x.kv.heads, count, keys, rows, part.reads.block_q)
-    decode(x, part, Scratch.make(splits, x.q, x.kv.v.shape[-1]))
+    decode(x, part, DecodeScratch.make(splits, x.q, x.kv.v.shape[-1]))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, rows_of
+from hip_hf.backends.triton.common.arguments import Logits, Reads, configuration, rows_of_program
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import (
     Tile,
@@ -66,7 +66,7 @@ def shared_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> di
         lists=lists, sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
         scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
         BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, BLOCK_N=tile.keys,
-        BLOCK_M=rows_of(tile, group, reads.block_q if stride == 1 else tile.rows),
+        BLOCK_M=rows_of_program(tile, group, reads.block_q if stride == 1 else tile.rows),
         GROUP=group, GROUP_PADDED=power_of_two(group), LISTS_PER_HEAD=lists // kv.heads,
         D=max(16, power_of_two(dim)), DV=max(16, power_of_two(dim_v)),
         SELECTED=reads.indices is not None, SOFTCAP=logits.softcap is not None,

@@ -56,7 +56,7 @@ def configuration(kernel: str, logits: Logits) -> str:
     return kernel if logits.positions is None else f"{kernel} extended"
 
 
-def rows_of(tile: Tile, group: int, block_q: int) -> int:
+def rows_of_program(tile: Tile, group: int, block_q: int) -> int:
     """Query rows of a program that attends for `group` heads of each; tensor cores take 16 rows
     times heads at least."""
     padded = power_of_two(group)

@@ -85,7 +85,7 @@ def example_positions(dim: int) -> Positions:
     return Positions(Rope(torch.ones(dim // 2)), 1024)
 
 
-def extended(x: Example) -> Example:
+def with_extension(x: Example) -> Example:
     """The same call under context extension."""
     logits = replace(x.logits, positions=example_positions(x.q.shape[-1]))
     return replace(x, logits=logits, suffix=f"{x.suffix}, extended")

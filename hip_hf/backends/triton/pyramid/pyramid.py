@@ -28,12 +28,12 @@ TILE_LEVELS = 5
 DIM_AT_ONCE = 64
 
 
-def parts_of(config: HiPConfig) -> int:
+def vectors_per_summary(config: HiPConfig) -> int:
     """Of a summary: vectors that are multiplied with q and |q|."""
     return 1 if config.representative == "middle" else 2
 
 
-def constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[str, Any]:
+def pyramid_constants(config: HiPConfig, dim: int, block_q: int, append: bool) -> dict[str, Any]:
     """Compile-time arguments of the kernels of `config.representative`."""
     kind = summaries.MIDDLE if config.representative == "middle" else summaries.CENTRE
     sizes = dict(BLOCK_Q=block_q, BLOCK_K=config.block_k, DIM=dim, LEVELS=TILE_LEVELS)
@@ -69,8 +69,8 @@ class KeyPyramid:
     ) -> KeyPyramid:
         """Nothing is built yet; for up to `capacity` keys a sequence."""
         blocks = max(1, capacity // config.block_k)
-        tiles, parts = max(1, blocks >> TILE_LEVELS), parts_of(config)
-        programs = heads * -(-dim // constants(config, dim, 1, False)["BD"])
+        tiles, parts = max(1, blocks >> TILE_LEVELS), vectors_per_summary(config)
+        programs = heads * -(-dim // pyramid_constants(config, dim, 1, False)["BD"])
         table = (sequences, heads, 2 * blocks, parts * dim)
         states = (sequences, heads, 2 * tiles, (parts + 1) * dim)
         return KeyPyramid(
@@ -83,7 +83,7 @@ class KeyPyramid:
     @property
     def dim(self) -> int:
         """Of the keys' heads."""
-        return self.table.shape[3] // parts_of(self.config)
+        return self.table.shape[3] // vectors_per_summary(self.config)
 
     @property
     def blocks(self) -> int:
@@ -125,7 +125,7 @@ class KeyPyramid:
             self.table.stride(0), self.table.stride(1), self.states.stride(0),
             self.states.stride(1), *kv.strides(kv.k), stride_table, sequences.table.stride(0),
             config.window, weight)  # fmt: skip
-        fixed = constants(config, self.dim, block_q, append) | dict(PAGE_SIZE=kv.page_size)
+        fixed = pyramid_constants(config, self.dim, block_q, append) | dict(PAGE_SIZE=kv.page_size)
         programs, count = self.built.shape[1], sequences.count
         if not append and blocks:
             tiles = -(-blocks >> TILE_LEVELS)

@@ -13,11 +13,11 @@ from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.rotation import rotation
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import power_of_two, processors, target_of
-from hip_hf.backends.triton.pyramid.pyramid import parts_of
+from hip_hf.backends.triton.pyramid.pyramid import vectors_per_summary
 from hip_hf.backends.triton.selection.choose import choose_kernel
 from hip_hf.backends.triton.selection.select import NEVER, select_kernel
 from hip_hf.backends.triton.selection.topk import tile
-from hip_hf.backends.triton.selection.votes import votes_of
+from hip_hf.backends.triton.selection.votes import select_votes
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.methods.hip import onward_of
 from hip_hf.rope import farthest_chunk
@@ -152,7 +152,7 @@ def search_tile(
     return wanted
 
 
-def constants(
+def search_constants(
     config: HiPConfig, group: int, dim: int, dtype: torch.dtype, block_q: int, most_keys: int,
     target: str, stateful: bool, positions: Positions | None = None, looks: int = 1,
     shape: SearchTile | None = None,
@@ -177,7 +177,7 @@ def constants(
     votes = max(voting.votes, voting.members)
     shape = shape or search_tile(target, dtype, indexed, 2 * kept, votes)
     part = max(16, dim & -dim)  # parts of the head dim that do not divide it cost masks
-    features = min(shape.features, part)
+    features, vectors = min(shape.features, part), vectors_per_summary(config)
     held = shape.rows * CANDIDATES // (2 * kept)
     rows = max(FEWEST_ROWS, min(power_of_two(votes), shape.rows, held))
     # of candidates that are looked at whole as many logits are held at once
@@ -199,8 +199,8 @@ def constants(
         GROUP=heads, MASS=config.score == "mass", ONWARD=onward_of(config), WEIGHED=voting.weighed,
         CHOSEN=voting.chosen, MEMBERS=voting.members, VOTES=voting.votes,
         VOTES_WHOLE=voting.votes_whole, WALKERS=voting.walkers, SPACING=voting.stride, DIM=dim,
-        FEATURES=features, FEATURES_LAST=min(shape.features_last, part), PARTS=parts_of(config),
-        steps=parts_of(config) * -(-dim // features), OUT=tile(budget),
+        FEATURES=features, FEATURES_LAST=min(shape.features_last, part), PARTS=vectors,
+        steps=vectors * -(-dim // features), OUT=tile(budget),
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=shape.warps,
         num_stages=shape.stages,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def looks_for(programs: int, block_k: int, at_once: int) -> int:
     return -(-block_k // each)
 
 
-def unsupported(config: HiPConfig) -> str:
+def unsupported_search(config: HiPConfig) -> str:
     """Why the kernels cannot run this search; empty if they can."""
     if config.start_blocks > MOST_CANDIDATES:
         return f"beam * budget / block_k of {config.beam_blocks} is above {MOST_CANDIDATES // 2}"
@@ -255,7 +255,7 @@ def select(
     programs = at_once = blocks * heads * sequences.count
     looks = looks_for(programs, config.block_k, processors(q))
     call = (q.shape[1] // kv.heads, q.shape[-1], q.dtype, block_q, sequences.max_keys, target_of(q))
-    fixed = constants(config, *call, into.made is not None, logits.positions, looks, shape)
+    fixed = search_constants(config, *call, into.made is not None, logits.positions, looks, shape)
     scratch, listed, stride_scratch = into.counts, into.counts, 0
     if fixed["START_LEVEL_IN_MEMORY"]:
         stride_scratch = sequences.max_keys // (config.block_k << fixed["LIMIT"])
@@ -264,7 +264,7 @@ def select(
     if fixed["LOOKS"] > 1:
         listed, scratch = into.shared_for(fixed)
     block_table, stride_table = kv.table()
-    q, near = votes_of(q, kv, sequences, config, logits, block_q, into.made)
+    q, near = select_votes(q, kv, sequences, config, logits, block_q, into.made)
     rotations = chunk_rotation(logits.positions, config, q)
     made = into.counts if into.made is None else into.made
     results = (into.indices, into.counts, into.window_start, made)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits, configuration, rows_of
+from hip_hf.backends.triton.common.arguments import Logits, configuration, rows_of_program
 from hip_hf.backends.triton.common.rotation import queries_with_rope, rotation
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
@@ -336,7 +336,7 @@ def need_arguments(
     elif kv.page_size:
         # keys wait for the number of their page, which is looked up in the same turn
         shape = replace(shape, stages=min(shape.stages, 2))
-    rows = rows_of(shape, group, voting.asked)
+    rows = rows_of_program(shape, group, voting.asked)
     (table, stride_table), options = kv.table(), options_of(config, by_need.Options)
     arguments = dict(
         **shared_arguments(q, voting, sequences, config, logits, block_q, made, near, need), K=kv.k,
@@ -371,7 +371,7 @@ def vote_arguments(
     return (sequences.blocks(block_q), q.shape[1] // voting.members, sequences.count), arguments
 
 
-def votes_of(
+def select_votes(
     q: torch.Tensor, kv: KeyValues, sequences: Sequences, config: HiPConfig, logits: Logits,
     block_q: int, made: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip

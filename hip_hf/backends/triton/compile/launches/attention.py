@@ -11,13 +11,13 @@ from hip_hf.backends.triton.attention.backward import (
     key_gradient_arguments,
     query_gradient_arguments,
 )
-from hip_hf.backends.triton.attention.decode import Scratch, combine_arguments, combine_kernel
+from hip_hf.backends.triton.attention.decode import DecodeScratch, combine_arguments, combine_kernel
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
 from hip_hf.backends.triton.common.arguments import dense_reads
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
-from hip_hf.backends.triton.compile.examples import Example, example, extended
+from hip_hf.backends.triton.compile.examples import Example, example, with_extension
 from hip_hf.backends.triton.compile.launch import Launch
 from hip_hf.backends.triton.delta import spread_arguments, spread_kernel
 
@@ -33,10 +33,10 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     return [
         *prefill_launches(prompt, tile),
         *prefill_launches(paged, tile),
-        *prefill_launches(extended(prompt), tile_of("prefill extended", *shape))[:1],
+        *prefill_launches(with_extension(prompt), tile_of("prefill extended", *shape))[:1],
         *decode_launches(step, step_tile),
         *decode_launches(paged_step, step_tile),
-        *decode_launches(extended(step), tile_of("decode extended", *shape))[:1],
+        *decode_launches(with_extension(step), tile_of("decode extended", *shape))[:1],
         *query_launches(prompt, tile_of("backward queries", *shape)),
         *key_launches(prompt, tile_of("backward keys", *shape)),
         spread_launch(prompt),
@@ -56,7 +56,7 @@ def prefill_launches(x: Example, tile: Tile) -> list[Launch]:
 
 def decode_launches(x: Example, tile: Tile) -> list[Launch]:
     """Launches of a decode step: its attention and its combination."""
-    scratch = Scratch.make(16, x.q, x.kv.v.shape[-1])
+    scratch = DecodeScratch.make(16, x.q, x.kv.v.shape[-1])
     split = Operands(x.q, x.kv, x.logits, scratch.out, scratch.lse)
     parts = call_arguments(split, Part(x.sequences, x.reads), tile)
     whole = combine_arguments(scratch, x.sequences, x.out, x.lse)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hip_hf.backends.triton.compile.launch import Launch, Pointer
-from hip_hf.backends.triton.pyramid.pyramid import constants
+from hip_hf.backends.triton.pyramid.pyramid import pyramid_constants
 from hip_hf.backends.triton.pyramid.summaries import append_kernel, tiles_kernel
 from hip_hf.config import HiPConfig
 
@@ -21,8 +21,8 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     strides = ("sequence", "head", "state_sequence", "state_head", "kb", "kh", "kt", "table")
     given |= {f"stride_{name}": 1024 * dim for name in strides}
     given |= dict(stride_field=1, window=config.window, weight=0.5)
-    prompt = constants(config, dim, config.block_q, append=False)
-    step = constants(config, dim, 1, append=True)
+    prompt = pyramid_constants(config, dim, config.block_q, append=False)
+    step = pyramid_constants(config, dim, 1, append=True)
     return [
         Launch(f"pyramid, {config.representative}, {name}", kernel, given | fixed)
         for name, kernel, fixed in (

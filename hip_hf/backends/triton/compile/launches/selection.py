@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 
-from hip_hf.backends.triton.compile.examples import Example, example, example_positions, extended
+from hip_hf.backends.triton.compile.examples import (
+    Example,
+    example,
+    example_positions,
+    with_extension,
+)
 from hip_hf.backends.triton.compile.launch import Launch, Pointer
 from hip_hf.backends.triton.selection.choose import choose_kernel
 from hip_hf.backends.triton.selection.search import (
     MOST_LOOKS,
     choosing,
     chunk_rotation,
-    constants,
+    search_constants,
 )
 from hip_hf.backends.triton.selection.select import select_kernel
 from hip_hf.backends.triton.selection.votes import (
@@ -35,10 +40,10 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     return [
         *vote_launches(prompt, target),
         *vote_launches(paged, target)[:1],
-        *vote_launches(extended(prompt), target),
+        *vote_launches(with_extension(prompt), target),
         *vote_launches(step, target)[:1],
         *vote_launches(paged_step, target)[:1],
-        *vote_launches(extended(step), target),
+        *vote_launches(with_extension(step), target),
         *launches_of_search(dim, dtype, target),
     ]
 
@@ -87,7 +92,7 @@ def launches_of_search(dim: int, dtype: torch.dtype, target: str) -> list[Launch
     ]
     for name, block_q, page_size, group, positions, looks in cases:
         call = (group, dim, dtype, block_q, 1 << 20, target, block_q == 1, positions, looks)
-        fixed = constants(config, *call)
+        fixed = search_constants(config, *call)
         arguments = given | fixed | chunk_rotation(positions, config, like)
         found.append(Launch(name, select_kernel, arguments | dict(PAGE_SIZE=page_size)))
         if looks > 1 and positions is None:
