@@ -159,7 +159,7 @@ def spreading(tokens: int, shape: Shape) -> KernelCost:
 def delta_kernels(
     tokens: int, config: HiPConfig, gamma: int, shape: Shape
 ) -> dict[str, KernelCost]:
-    """A prompt under Delta correction by steps, whose last `gamma` rows at least are dense: the
+    """A prompt under Delta correction, whose last `gamma` rows at least are dense: the
     kernels of other prompts, its anchors, and what these bring."""
     found = costs.prompt_kernels(
         tokens, replace(config, dense_tail=max(config.dense_tail, gamma)), shape

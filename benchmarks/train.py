@@ -25,7 +25,7 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, hidden_fact, question
+from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, note_sentence, question
 
 VOCAB = 1024
 LENGTH = 8192
@@ -136,7 +136,7 @@ class Data:
         count = min(round(math.exp(rng.uniform(0, math.log(most)))), len(FACT_NAMES))
         facts = [(name, draw_digits(rng)) for name in rng.sample(FACT_NAMES, count)]
         written = [rng.random() for _ in facts]
-        events = [(at, hidden_fact(*fact), "") for at, fact in zip(written, facts, strict=True)]
+        events = [(at, note_sentence(*fact), "") for at, fact in zip(written, facts, strict=True)]
         for _ in range(most // 2):
             which = rng.randrange(count)
             # every second question comes late, so that most of the context lies between it and its

@@ -358,10 +358,7 @@ class HiPConfig:
             got = type(values).__name__
             raise ValueError(f"HiPConfig.from_dict: got {got}, allowed: a mapping of fields")
         cls._check_names(values)  # names that are no text, too
-        fields = dict(values)
-        if fields.get("delta") is None and fields.get("delta_mode") == "clusters":
-            del fields["delta_mode"]  # gone; earlier versions saved it with every model
-        return cls(**fields)
+        return cls(**values)
 
     @classmethod
     def _check_names(cls, values: Mapping[str, Any]) -> None:

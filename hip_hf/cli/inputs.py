@@ -68,7 +68,7 @@ def check_device(device: str) -> torch.device:
 
 
 def check_dtype(dtype: str) -> Any:
-    """The dtype that `load` takes; one line for another name."""
+    """The dtype that `documents.load` takes; one line for another name."""
     if dtype not in WEIGHT_DTYPES:
         raise not_allowed("--dtype", dtype, WEIGHT_DTYPES)
     return WEIGHT_DTYPES[dtype]

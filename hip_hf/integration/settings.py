@@ -3,6 +3,7 @@ settings, which live in the text config as `hip`, a plain dict, and are saved an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,19 @@ def text_part(model: nn.Module) -> str:
 def read_settings(config: Any) -> HiPConfig:
     """The settings in a model config, `HiPConfig()` without any. Raises ValueError for bad ones."""
     raw = getattr(config, "hip", None)
-    return HiPConfig() if raw is None else HiPConfig.from_dict(raw)
+    return HiPConfig() if raw is None else HiPConfig.from_dict(without_deleted_mode(raw))
+
+
+def without_deleted_mode(raw: Any) -> Any:
+    """Saved settings without a mode of Delta correction that is gone, where nothing is corrected:
+    earlier versions saved it with every model."""
+    if not isinstance(raw, Mapping) or raw.get("delta_mode") != "clusters":
+        return raw
+    layers = raw.get("layers")
+    parts = [raw, *(layers.values() if isinstance(layers, Mapping) else ())]
+    if any(isinstance(part, Mapping) and part.get("delta") is not None for part in parts):
+        return raw
+    return {name: value for name, value in raw.items() if name != "delta_mode"}
 
 
 def layer_index(module: nn.Module) -> int | None:

@@ -54,7 +54,7 @@ from hip_hf.workers import scratch
 # not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
 # Logits of votes, for candidates that are looked at whole, that are weighed at a time: fewer than
-# `workers.LOGITS_AT_ONCE`, since weighing goes through them five times.
+# `workers.LOGITS_AT_ONCE`, since weighing goes through them several times.
 VOTES_AT_ONCE = 1 << 18
 
 

@@ -16,8 +16,8 @@ from kernel_cases import make_case, spans_of
 from hip_hf.backends.triton.attention.backward import (
     Inverted,
     KeyTiles,
+    attend_with_gradients,
     invert,
-    with_gradients,
 )
 from hip_hf.backends.triton.attention.operands import Part
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
@@ -127,7 +127,7 @@ def test_dense_rows_at_the_end_of_a_prompt() -> None:
     )
     inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     grad_out = torch.randn(case.q.shape)
-    out, _ = with_gradients(*inputs, case.logits(), parts, HiPConfig())
+    out, _ = attend_with_gradients(*inputs, case.logits(), parts, HiPConfig())
     got = torch.autograd.grad((out * grad_out.to(DEVICE)).sum(), inputs)
     for name, a, b in zip("qkv", got, reference(case, grad_out, None), strict=True):
         assert_near(a.cpu(), b, 1e-4, f"gradient of {name}")
@@ -138,7 +138,7 @@ def test_gradients_repeat_bit_by_bit() -> None:
     inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     found = []
     for _ in range(2):
-        out, _ = with_gradients(
+        out, _ = attend_with_gradients(
             *inputs, case.logits(), (Part(case.sequences(), case.reads()),), HiPConfig()
         )
         found.append(torch.autograd.grad(out.float().square().sum(), inputs))
@@ -148,7 +148,7 @@ def test_gradients_repeat_bit_by_bit() -> None:
 def test_only_what_asks_gets_gradients() -> None:
     case = make_case(spans_of((0, 60, 60)))
     v = case.v.to(DEVICE, copy=True).requires_grad_()
-    out, _ = with_gradients(
+    out, _ = attend_with_gradients(
         case.q.to(DEVICE),
         case.k.to(DEVICE),
         v,

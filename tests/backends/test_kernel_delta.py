@@ -58,7 +58,12 @@ HYPER = dict(method="hyper", options=dict(min_seq_len=32, block_size=8, sample_s
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("gamma", "config"),
-    [(16, dict()), (7, dict(dense_tail=20)), (9, dict(method="streaming")), (16, HYPER)],
+    [
+        (16, dict()),
+        (7, dict(dense_tail=20, group_shared=False)),
+        (9, dict(method="streaming")),
+        (16, HYPER),
+    ],
 )
 def test_a_prompt_is_corrected_in_one_launch(
     gamma: int, config: dict[str, Any], strides: list[Any]

@@ -100,7 +100,7 @@ def test_demo_hides_each_fact_where_it_says(checkpoint: str, text: Path) -> None
         at = position_of(tokenizer, prompt, asked)
         assert at / 600 == pytest.approx(asked.depth, abs=0.2)
         assert tokenizer.decode(prompt[at:]).startswith(
-            documents.hidden_fact(asked.name, asked.key)
+            documents.note_sentence(asked.name, asked.key)
         )
         # each in a document of its own
         assert sum(fact.key in tokenizer.decode(prompt) for fact in facts) == 1

@@ -124,16 +124,14 @@ def test_hypers_cost_is_that_of_an_instrumented_run(threads: Any) -> None:
 
 def test_deltas_cost_is_its_dense_rows() -> None:
     span = make_problem(*make_qkv(413)).spans[0]
-    plain, corrected = (
-        small(method="streaming"),
-        small(method="streaming", delta=32),
-    )
+    plain, corrected = small(method="streaming"), small(method="streaming", delta=32)
     blocks = query_blocks(plain, span, False)
     costs = [call_cost(config, blocks[5:], 0, 413, 16, 16) for config in (plain, corrected)]
     dense = [p for p in range(0, 413, 32) if p >= blocks[5].first]
     assert costs[1].read - costs[0].read == sum(p + 1 for p in dense)
     assert costs[1].attention - costs[0].attention == sum(p + 1 for p in dense) * 64
     assert costs[1].attention_bytes > costs[0].attention_bytes
+    assert costs[1].selection == costs[0].selection
 
 
 def test_bytes_of_a_query_block() -> None:

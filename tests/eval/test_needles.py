@@ -32,8 +32,8 @@ from hip_hf.eval.measure.documents import (
     DIGITS,
     DOCUMENT,
     Fact,
-    hidden_fact,
     load,
+    note_sentence,
     question,
 )
 from hip_hf.eval.measure.losses import StepLosses
@@ -60,10 +60,10 @@ def test_a_prompt_has_every_fact_once_and_asks_for_all(length: int, facts: int) 
     assert end == "".join(f"{question(fact.name)} {fact.key}." for fact in asked)
     assert len({fact.name for fact in asked}) == facts
     for fact in asked:
-        assert document.count(hidden_fact(fact.name, fact.key)) == 1
+        assert document.count(note_sentence(fact.name, fact.key)) == 1
     plain = document
     for fact in asked:
-        plain = plain.replace(hidden_fact(fact.name, fact.key), "")
+        plain = plain.replace(note_sentence(fact.name, fact.key), "")
     assert plain == TEXT[: len(plain)]
     # a byte is a token
     assert document.index("\nThe pass key") >= math.floor(needles.FREE * len(plain))

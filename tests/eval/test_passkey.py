@@ -17,7 +17,7 @@ from hip_hf.cli import passkey as passkey_command
 from hip_hf.cli.presets import settings_of, sizes
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import passkey
-from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, hidden_fact, load, question
+from hip_hf.eval.measure.documents import DIGITS, FACT_NAMES, Fact, load, note_sentence, question
 from hip_hf.integration.explain import explain
 
 
@@ -35,10 +35,10 @@ def test_sample_has_the_length_and_the_fact_at_its_depth(
     words = tokenizer.decode(prompt)
     asked = words.rpartition("The pass key of ")[2].removesuffix(" is")
     assert words.endswith(question(asked))
-    assert words.count(hidden_fact(asked, key)) == 1
+    assert words.count(note_sentence(asked, key)) == 1
     assert words.count("Remember it.") == facts
     # the depth counts document text only
-    before, _, after = words.removesuffix(question(asked)).partition(hidden_fact(asked, key))
+    before, _, after = words.removesuffix(question(asked)).partition(note_sentence(asked, key))
     plain = [len(part) for part in (_without_notes(before), _without_notes(after))]
     assert plain[0] == pytest.approx(depth * sum(plain), abs=1)
 

@@ -21,8 +21,9 @@ from hip_hf.eval.measure import real_model
 
 # What was measured: 0.91 of the digits with dense attention, and the same with a vote of every row.
 DENSE_DIGITS = 0.8
-# How many of the digits the default settings may lose against dense attention.
-MARGIN = 0.1
+# How many of the digits the sparse settings may lose against dense attention. Clusters, which
+# corrected once, lost 0.075.
+MARGIN = 0.05
 PROMPTS, FACTS = 2, 8
 # Half of the keys are read: facts are found by the search and not by the window, which is as short
 # as the questions.
@@ -42,16 +43,17 @@ ASKED = [
 
 def test_hip_finds_what_dense_attention_finds() -> None:
     model = fetched()
-    printed = run(
-        needles_command.main, str(model), *ASKED, "--settings", "dense", "--settings", "defaults"
-    )
-    dense, hip = printed["rows"]
+    # Delta correction may not blur what the selection has found
+    asked = [part for name in ("dense", "defaults", "delta") for part in ("--settings", name)]
+    dense, *sparse = run(needles_command.main, str(model), *ASKED, *asked)["rows"]
     assert (dense["path"], dense["answers"]) == ("sdpa", PROMPTS * FACTS)
     assert dense["digits"] >= DENSE_DIGITS
-    assert hip["path"] == "sparse"  # in every layer
-    assert hip["read"] < 0.6
-    assert hip["perplexity_over_dense"] < 1.05
-    assert hip["digits_minus_dense"] >= -MARGIN
+    assert len(sparse) == 2
+    for row in sparse:
+        assert row["path"] == "sparse"  # in every layer
+        assert row["read"] < 0.6
+        assert row["perplexity_over_dense"] < 1.05
+        assert row["digits_minus_dense"] >= -MARGIN
 
 
 def save_wheel(folder: Path, *names: str) -> Path:

@@ -15,7 +15,7 @@ from task_docs import GENERATORS, LENGTHS, META, docs
 pytest.importorskip("lm_eval")
 pytest.importorskip("datasets")
 
-from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, hidden_fact
+from hip_hf.eval.measure.documents import CHECKPOINT, DOCUMENT, note_sentence
 from hip_hf.eval.tasks import common, language, retrieval
 from hip_hf.integration.lm_eval.registration import TASKS, UsageError
 
@@ -72,7 +72,7 @@ def test_passkeys_are_notes_in_the_haystack(tmp_path: Path) -> None:
     for haystack in (str(text), common.SYNTHETIC):
         for row in docs("hip_passkeys", haystack=haystack):
             name = row["gen_prefix"].removeprefix("The pass key of ").removesuffix(" is")
-            assert row["input"].count(hidden_fact(name, row["outputs"][0])) == 1
+            assert row["input"].count(note_sentence(name, row["outputs"][0])) == 1
             assert row["input"].endswith(f"\nWhat is the pass key of {name}?")
             assert row["input"].count("Remember it.") == 8
             plain = re.sub(r"\nThe pass key of \w+ is \d+\. Remember it\.\n", "", row["input"])

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import hip_hf
 from hip_hf import HiPConfig
+from hip_hf.integration.settings import read_settings
 
 pytestmark = pytest.mark.fast
 
@@ -20,6 +21,19 @@ def test_settings_are_saved_and_loaded_with_the_checkpoint(tmp_path):
     ids = make_batch([200])["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_deleted_mode_is_read_where_nothing_is_corrected():
+    """Earlier versions saved it with every model."""
+    config, deleted = make_model("llama").config, {"delta_mode": "clusters"}
+    config.hip = {**HiPConfig(budget=64, layers={1: {"sink": 16}}).to_dict(), **deleted}
+    assert read_settings(config) == HiPConfig(budget=64, layers={1: {"sink": 16}})
+    for corrected in ({"delta": 64}, {"layers": {1: {"delta": 64}}}):
+        config.hip = {**corrected, **deleted}
+        with pytest.raises(ValueError, match=r"delta_mode: got 'clusters', allowed: step"):
+            read_settings(config)
+    with pytest.raises(ValueError, match=r"delta_mode: got 'clusters', allowed: step"):
+        hip_hf.configure(make_model("llama"), **deleted)
 
 
 def test_absent_settings_are_the_defaults():

@@ -122,6 +122,15 @@ def test_what_overflows_is_the_worst_or_the_best_but_there(score: str, dtype: to
         assert got[:-1].tolist() == [-LIMIT] * 4, "no share of a sum that is no number"
 
 
+def test_what_overflows_near_a_row_leaves_the_others_their_say() -> None:
+    logits = torch.tensor([[5.0, 0.0], [0.0, 1.0]])
+    scores = aggregate(with_room(logits), "mass", None, None, torch.tensor([torch.inf, 0.0]))
+    assert torch.equal(scores, aggregate(with_room(logits[1:]), "mass", None, None, torch.zeros(1)))
+    nothing_near = torch.full((2,), -torch.inf)
+    scores = aggregate(with_room(logits), "mass", None, None, nothing_near)
+    assert torch.equal(scores, aggregate(logits.clone(), "mass", None, None))
+
+
 def test_a_row_that_reads_all_it_needs_near_it_has_no_say() -> None:
     logits = torch.tensor([[5.0, 0.0], [0.0, 1.0]])
     alone = aggregate(with_room(logits), "mass", None, None, torch.tensor([0.0, 0.0]))

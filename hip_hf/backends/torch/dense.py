@@ -44,7 +44,7 @@ def attend_rows(t: Tensors, first: int, span: Span, pieces: list[Piece] | None =
     serves, else block by block. What they read is added to `pieces`, for the gradients."""
     served = fused.serves_rows(t, span)
     if served:
-        fused.fused_rows(t, first, span)
+        fused.attend_rows_fused(t, first, span)
         if pieces is None:
             return
     tasks = range_tasks(t, first, span)

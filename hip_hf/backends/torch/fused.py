@@ -31,7 +31,7 @@ def serves_rows(t: Tensors, span: Span) -> bool:
     return plain and within and alike and span.rows > 1 and t.q.device.type == "cpu"
 
 
-def fused_rows(t: Tensors, first: int, span: Span) -> None:
+def attend_rows_fused(t: Tensors, first: int, span: Span) -> None:
     """Dense attention of the query rows of a span from `first` on: to all keys before them, and to
     their own up to themselves. PyTorch's own would need a mask of rows times keys, which takes it
     half as long again."""

@@ -226,7 +226,7 @@ def check_decode(trial: Trial) -> None:
         trial.both(q[:, :, first:last], k[:, :, :end], v[:, :, :end], config, states)
 
 
-def pages(trial: Trial) -> None:
+def check_pages(trial: Trial) -> None:
     """Keys in pages, with all that changes logits: a prompt, and a step of a few rows."""
     config, keys = trial.config, trial.keys
     sinks = trial.normal(KEY_HEADS * trial.heads.groups)
@@ -237,7 +237,7 @@ def pages(trial: Trial) -> None:
     trial.both(q[:, :, -FEW_ROWS:], k, v, config, pages=True, **fields)
 
 
-def dense(trial: Trial) -> None:
+def check_dense(trial: Trial) -> None:
     """Dense attention where PyTorch's own does not serve."""
     config = replace(trial.config, method="dense")
     q, k, v = trial.plain(trial.config.block_q, trial.keys)
@@ -274,7 +274,7 @@ def check_hyper(trial: Trial) -> None:
 
 
 def check_delta(trial: Trial) -> None:
-    """Delta correction in steps: dense rows at a stride, and what they correct."""
+    """Delta correction: dense rows at a stride, and what they correct."""
     config = trial.config
     q, k, v = trial.planted(config.block_q + trial.rows, trial.keys)
     trial.both(q, k, v, replace(config, delta=config.block_q // 2))
@@ -297,8 +297,8 @@ SPARSE, GRADIENTS, HYPER, DELTA, EXTENDED = "sparse", "gradients", "hyper", "del
 CHECKS: dict[str, tuple[str, Callable[[Trial], None]]] = {
     "prompt": (SPARSE, check_prompt),
     "decode": (SPARSE, check_decode),
-    "pages": (SPARSE, pages),
-    "dense": (SPARSE, dense),
+    "pages": (SPARSE, check_pages),
+    "dense": (SPARSE, check_dense),
     "gradients": (GRADIENTS, check_gradients),
     "hyper": (HYPER, check_hyper),
     "delta": (DELTA, check_delta),

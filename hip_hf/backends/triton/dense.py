@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hip_hf.backends.triton.attention.backward import with_gradients
+from hip_hf.backends.triton.attention.backward import attend_with_gradients
 from hip_hf.backends.triton.attention.decode import DecodeScratch, decode, splits_for
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import prefill
@@ -83,12 +83,14 @@ def attend_densely(
 ) -> tuple[Tensor, Tensor | None]:
     """Dense attention, into out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`, or into new tensors
     where autograd follows; the keys of few rows are split over the device. `config`: the settings
-    of the call, as in `backward.with_gradients`."""
+    of the call, as in `backward.attend_with_gradients`."""
     with torch.cuda.device_of(problem.q):
         x = operands(problem, out, lse)
         if problem.needs_grad:
             part = Part(sequences_of(problem.spans, problem.q.device), dense_reads())
-            out, learnt = with_gradients(problem.q, problem.k, problem.v, x.logits, (part,), config)
+            out, learnt = attend_with_gradients(
+                problem.q, problem.k, problem.v, x.logits, (part,), config
+            )
             return out, None if lse is None else learnt
         dense_rows(x, problem.spans, [0] * len(problem.spans), problem.longest)
     return out, lse

@@ -114,7 +114,8 @@ def _(q: Tensor, k: Tensor, sinks: Tensor | None, table: Tensor, *rest: Any) -> 
 def _parts(
     q: Tensor, k: Tensor, lists: Sequence[Tensor | None], fields: HiPConfig, block_q: int
 ) -> tuple[Part, ...]:
-    """What an attention operator was told of its `_LISTS`, as `backward.with_gradients` takes it."""
+    """What an attention operator was told of its `_LISTS`, as
+    `backward.attend_with_gradients` takes it."""
     (table, tail, indices, counts), sizes = lists, (q.shape[2], k.shape[2])
     assert table is not None
     if block_q == 0:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from hip_hf.backends.base import BlockSparseCall, steps_of
-from hip_hf.backends.triton.attention.backward import with_gradients
+from hip_hf.backends.triton.attention.backward import attend_with_gradients
 from hip_hf.backends.triton.attention.decode import DecodeScratch, decode, decode_once, splits_for
 from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import prefill
@@ -293,7 +293,9 @@ class SparseAttention(BlockSparseCall):
         parts = self._parts(spans, tails, reads_of(config, selection, block_q))
         if problem.needs_grad:
             logits = self.operands.logits
-            self.out, lse = with_gradients(problem.q, problem.k, problem.v, logits, parts, config)
+            self.out, lse = attend_with_gradients(
+                problem.q, problem.k, problem.v, logits, parts, config
+            )
             self.lse = None if self.lse is None else lse
             return
         attend_parts(self.operands, parts[:1], config.sparse_reach)

@@ -75,7 +75,7 @@ def make_facts(count: int, seed: int) -> list[Fact]:
 
 def position_of(tokenizer: Any, prompt: list[int], fact: Fact) -> int:
     """Where the fact's note begins in the prompt."""
-    ids = encode(tokenizer, documents.hidden_fact(fact.name, fact.key))
+    ids = encode(tokenizer, documents.note_sentence(fact.name, fact.key))
     return next(at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids)
 
 

@@ -40,7 +40,7 @@ def draw_digits(rng: random.Random) -> str:
     return "".join(rng.choices("0123456789", k=DIGITS))
 
 
-def hidden_fact(name: str, key: str) -> str:
+def note_sentence(name: str, key: str) -> str:
     """The sentence that hides a fact."""
     return f"\nThe pass key of {name} is {key}. Remember it.\n"
 
@@ -62,7 +62,7 @@ def hide(
     `end` (token ids) after it. Raises ValueError if `text` is too short, or notes and `end` alone
     are longer than `length`."""
     hidden = sorted(facts, key=lambda fact: fact.depth)
-    notes = [(fact.depth, encode(tokenizer, hidden_fact(fact.name, fact.key))) for fact in hidden]
+    notes = [(fact.depth, encode(tokenizer, note_sentence(fact.name, fact.key))) for fact in hidden]
     room = length - len(end) - sum(len(ids) for _, ids in notes)
     if not 0 <= room <= len(text):
         least = length - room

@@ -15,7 +15,7 @@ import torch
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
 from hip_hf.eval.measure.costs import AttentionCost, total_cost
-from hip_hf.eval.measure.documents import encode, hidden_fact, make_prompt, question
+from hip_hf.eval.measure.documents import encode, make_prompt, note_sentence, question
 from hip_hf.eval.measure.hyper_assumptions import measure_assumptions
 from hip_hf.eval.measure.mass import measure_mass, unsearched
 from hip_hf.eval.measure.passkey import draw_facts
@@ -83,7 +83,7 @@ def make_text(tokenizer: Any, body: list[int], facts: int, rng: random.Random) -
     for fact in others:
         answered = encode(tokenizer, f"{question(fact.name)} {fact.key}.\n")
         asked.append((rng.uniform(fact.depth, 1), answered))
-    added = sum(len(encode(tokenizer, hidden_fact(fact.name, fact.key))) for fact in hidden)
+    added = sum(len(encode(tokenizer, note_sentence(fact.name, fact.key))) for fact in hidden)
     added += sum(len(ids) for _, ids in asked) + len(encode(tokenizer, question(last.name)))
     if added > len(body):
         raise ValueError(f"--facts: got {facts}, allowed: fewer in {len(body)} tokens")

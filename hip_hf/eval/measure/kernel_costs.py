@@ -242,9 +242,8 @@ def key_gradients(tokens: int, config: HiPConfig, shape: Shape, shared: float = 
     touched."""
     per_tile = max(1, shape.tile("backward keys").keys // config.block_k)
     dense, selected = tail(tokens, config), min(config.budget, tokens)
-    wide = keys_of_tiles(tokens, config) + selected * (
-        per_tile / shared - 1
-    )  # rows meet whole tiles
+    # rows meet whole tiles
+    wide = keys_of_tiles(tokens, config) + selected * (per_tile / shared - 1)
     pairs = (tokens - dense) * wide + dense * tokens
     read = pairs / (per_tile * config.block_k) * shape.row * 2  # q and dO, once a tile
     return KernelCost(shape.product_flops(4 * pairs), read)

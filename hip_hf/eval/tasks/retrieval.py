@@ -7,7 +7,7 @@ import random
 import uuid
 from typing import Any
 
-from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, hidden_fact, question
+from hip_hf.eval.measure.documents import FACT_NAMES, draw_digits, note_sentence, question
 from hip_hf.eval.tasks.common import Prompt, build, draw_sentences, insert, read_plan, scatter
 
 PASSKEY_TOKENS, VALUE_TOKENS, COPY_TOKENS = 16, 64, 48
@@ -20,7 +20,7 @@ def render_notes(
 ) -> Prompt:
     """A document of `units` with the facts (name, key) noted at `places`, and the question for one
     of them."""
-    text = "".join(insert(units, [hidden_fact(*fact) for fact in facts], places))
+    text = "".join(insert(units, [note_sentence(*fact) for fact in facts], places))
     words, _, prefix = question(facts[asked][0]).partition("? ")
     return Prompt(f"{text.rstrip()}\n{words.strip()}?", prefix, [facts[asked][1]])
 

@@ -154,7 +154,7 @@ def key_gradient_arguments(
     return grid, [arguments | each for each in passes]
 
 
-def with_gradients(
+def attend_with_gradients(
     q: Tensor, k: Tensor, v: Tensor, logits: Logits, parts: tuple[Part, ...], config: HiPConfig
 ) -> tuple[Tensor, Tensor]:
     """`prefill` that autograd knows: q `[B, Hq, Tq, D]`, k, v -> out `[B, Hq, Tq, Dv]` and lse fp32
@@ -171,7 +171,7 @@ def gradients(
     x: Operands, parts: tuple[Part, ...], grad_out: Gradient, grad_lse: Gradient
 ) -> tuple[Tensor, Tensor, Tensor, Gradient]:
     """Gradients of q, k, v and, if there are any, of the sinks `[Hq]`, each of the shape of what it
-    belongs to, from what `attention` gave (in `x`) and the gradients of that: grad_out
+    belongs to, from what the attention gave (in `x`) and the gradients of that: grad_out
     `[B, Hq, Tq, Dv]` and grad_lse fp32 `[B, Hq, Tq]`."""
     assert x.lse is not None
     grad_out = torch.zeros_like(x.out) if grad_out is None else grad_out
