@@ -178,26 +178,26 @@ def write_best(
 
 @triton.jit
 def score_long(
-    scratch, first, count, table, q, stride_qh, stride_qt, near, stride_near, last_row, block_first,
-    block_last, scale, steps, tiles, SOFTCAP: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    scratch, begins, count, table, q, stride_qh, stride_qt, near, stride_near, last_row, first,
+    last, scale, steps, tiles, SOFTCAP: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
     SAMPLES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, MASS: tl.constexpr,
     WEIGHED: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, FEATURES: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr, level, farthest, cos, sin,
     ROPE_HALF_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Scores of `count` chunks from `first` on into `scratch`, tile by tile: once for the rows'
+    """Scores of `count` chunks from `begins` on into `scratch`, tile by tile: once for the rows'
     norms, once for the scores."""
     inner = tl.arange(0, M)
     for tile in range(tiles):
         offsets, voting = voting_offsets(
-            tile, last_row, block_last, block_first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE,
+            tile, last_row, last, first, stride_qh, stride_qt, BLOCK_M, SAMPLES, STRIDE,
             GROUP)  # fmt: skip
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         if MASS:
             for at in range(0, count, M):
                 inside = at + inner < count
-                rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
+                rows = chunk_rows(begins + tl.where(inside, at + inner, 0), level)
                 logits = chunk_logits(
                     table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES,
                     PARTS, PRECISION, places_back(count, at + inner, farthest), cos, sin,
@@ -209,11 +209,11 @@ def score_long(
             if WEIGHED:
                 l_i += near_share(
                     near, stride_near, m_i, tl.log((BLOCK_K << level).to(tl.float32)), tile,
-                    last_row, block_last, block_first, BLOCK_M, SAMPLES, STRIDE, GROUP)  # fmt: skip
+                    last_row, last, first, BLOCK_M, SAMPLES, STRIDE, GROUP)  # fmt: skip
             l_i = tl.where(voting, 1.0 / l_i, 0.0)
         for at in range(0, count, M):
             inside = at + inner < count
-            rows = chunk_rows(first + tl.where(inside, at + inner, 0), level)
+            rows = chunk_rows(begins + tl.where(inside, at + inner, 0), level)
             logits = chunk_logits(
                 table, rows, q, offsets, scale, steps, SOFTCAP, M, BLOCK_M, DIM, FEATURES, PARTS,
                 PRECISION, places_back(count, at + inner, farthest), cos, sin, ROPE_HALF_DIM,
