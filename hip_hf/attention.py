@@ -42,7 +42,7 @@ BF16_PROMPTS = 24576 if torch.cpu._is_amx_tile_supported() else 2048
 # in prefill and in decode, in decode that selects at every step (`hip-hf latency`,
 # docs/performance.md), and in a call of a few rows, which each select: dense, they read the keys
 # together (2 to 16 rows break even at 20K to 50K keys).
-DENSE_BELOW = dict.fromkeys(DTYPES, (8192, 4096, 16384, 16384))
+DENSE_BELOW = dict.fromkeys(DTYPES, (10240, 4096, 16384, 16384))
 DENSE_BELOW[torch.bfloat16] = (BF16_PROMPTS, 2048, 2048, 16384)
 # The same on a GPU. Not measured: from the model in docs/performance.md, where a decode step is
 # bound by its launches.

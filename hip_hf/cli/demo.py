@@ -187,6 +187,8 @@ def show_at_once(
     """The demo of a model that is asked for all facts of one document at once."""
     where = inputs.check_device(device)
     text = inputs.read_text(document, "--document")
+    # what sparse attention reads is shown of a short document, too
+    fields = {"dense_below": 0, **fields}
     net, tokenizer, settings = inputs.load_or_exit(checkpoint_of(model), "hip", fields)
     longest = net.config.get_text_config(decoder=True).max_position_embeddings
     length = min(TOKENS, longest) if tokens is None else tokens

@@ -62,7 +62,7 @@ def test_rows_have_every_column_and_positive_times() -> None:
 def test_the_shipped_fallback_is_measured_and_named() -> None:
     rows = latency_rows(plan(settings={"defaults": HiPConfig(), "small": small()}))
     paths = {(row["phase"], row["settings"]): (row["path"], row["reason"]) for row in rows}
-    assert paths["prefill", "defaults"] == ("dense", "context of 256 is below dense_below=8192")
+    assert paths["prefill", "defaults"] == ("dense", "context of 256 is below dense_below=10240")
     assert paths["decode amortised", "defaults"][0] == "dense"
     assert paths["prefill", "small"] == ("sparse", "")
 
@@ -189,7 +189,7 @@ def test_command_prints_a_table_with_reasons(capsys: pytest.CaptureFixture[str])
     given = ("--lengths", 64, "--phases", "prefill", "--dtypes", "fp32", "--repeats", 1)
     result = invoke(latency_command.main, *given)
     assert result.exit_code == 0, result.output
-    assert "dense prefill at 64: context of 64 is below dense_below=8192" in result.stdout
+    assert "dense prefill at 64: context of 64 is below dense_below=10240" in result.stdout
 
 
 @pytest.mark.parametrize(
