@@ -52,8 +52,7 @@ class Plan:
 @dataclass(eq=False)
 class DeltaCall(Executor):
     """One call: another attention, whose executor `attention` makes, and its correction. A backend
-    adds `correct`. There are no gradients. A log-sum-exp is made where none is
-    given."""
+    adds `correct`. There are no gradients. A log-sum-exp is made where none is given."""
 
     attention: MakeExecutor = field(kw_only=True)
 

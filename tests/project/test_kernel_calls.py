@@ -29,6 +29,11 @@ def jit_functions(sources: list[str]) -> dict[str, ast.FunctionDef]:
     }
 
 
+def names_in(node: ast.AST) -> set[str]:
+    """The names that an expression is made of."""
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
 def swapped(functions: dict[str, ast.FunctionDef]) -> Iterator[str]:
     """Arguments of inner calls whose name is that of another parameter of the function called,
     unless that parameter is made of it as well."""
@@ -43,7 +48,7 @@ def swapped(functions: dict[str, ast.FunctionDef]) -> Iterator[str]:
                 if not isinstance(argument, ast.Name) or argument.id == parameter:
                     continue
                 own = given.get(argument.id)
-                if own is not None and argument.id not in ast.unparse(own):
+                if own is not None and argument.id not in names_in(own):
                     yield f"{caller.name}: {called.name}({parameter}={argument.id})"
 
 
