@@ -226,13 +226,13 @@ class Positions:
         return self.rope.queries(q, distance.to(q.device), self.trained)
 
     def chunk_angles(
-        self, ids: Tensor, end: Tensor, farthest: int, like: Tensor
+        self, ids: Tensor, last: Tensor, farthest: int, like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Chunk-indexed selection: cosine and sine `[..., P, M, R / 2]` by which chunks `ids`
-        `[..., P, M]` are rotated back, a position for each chunk up to the window, which begins at
-        chunk `end` `[P]`; at most `farthest`."""
+        `[..., P, M]` are rotated back, a position for each chunk up to the last one before the
+        window, `last` `[P]`; at most `farthest`."""
         cos, sin = self.rope.tables(self.trained, like.dtype, like.device)
-        back = (end[:, None] - 1 - ids).clamp(min=0, max=farthest)
+        back = (last[:, None] - ids).clamp(min=0, max=farthest)
         return cos[back], sin[back]
 
 

@@ -43,17 +43,22 @@ class Scratch(threading.local):
     `take` of that name reuses."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        # the buffer, and what was handed out of it last: most calls ask for the same shape again
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Like) -> Tensor:
         """Return a buffer of the given `shape`, in dtype and device of `like`."""
-        key, size = (name, like.dtype, like.device), prod(shape)
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.numel() < size:
-            with torch.inference_mode(False):
+        key = (name, like.dtype, like.device)
+        buffer, part = self.buffers.get(key, (None, None))
+        if part is not None and part.shape == shape:
+            return part
+        size = prod(shape)
+        with torch.inference_mode(False):  # what is made here outlives the mode
+            if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-            self.buffers[key] = buffer
-        return buffer[:size].view(shape)
+            part = buffer[:size].view(shape)
+        self.buffers[key] = buffer, part
+        return part
 
 
 scratch = Scratch()

@@ -102,7 +102,7 @@ def one_thread(threads: Callable[[int], None]) -> None:
 def _over_spoilt_buffers(work: Callable[..., Any], in_use: str | None = None) -> Callable[..., Any]:
     @wraps(work)
     def done(*args: Any, **kwargs: Any) -> Any:
-        for (name, *_), buffer in workers.scratch.buffers.items():  # of the thread that works
+        for (name, *_), (buffer, _) in workers.scratch.buffers.items():  # of the thread that works
             if buffer.is_floating_point() and name != in_use:
                 buffer.fill_(torch.nan)
         return work(*args, **kwargs)
@@ -115,8 +115,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory and the workers' reused buffers hold NaN, so that nothing read before it is
     written goes unnoticed."""
     spoil_fresh_memory(monkeypatch)
-    works = ((sparse, "attend_range"), (dense, "attend_range"), (sparse.SparseAttention, "_near"))
-    for owner, name in (*works, (DecodeBuffer, "fill"), (DecodeBuffer, "attend")):
+    works = [(sparse, "attend_range"), (dense, "attend_range"), (sparse, "near_lse")]
+    works += [(sparse.SparseAttention, "_near"), (DecodeBuffer, "fill"), (DecodeBuffer, "attend")]
+    for owner, name in works:
         monkeypatch.setattr(owner, name, _over_spoilt_buffers(getattr(owner, name)))
     # the logits of sink and window wait in a buffer until the rest has been selected and read
     for owner, name in ((TreeSearch, "_search"), (sparse, "attend_blocks"), (sparse, "partial")):

@@ -75,7 +75,7 @@ def looked_at_whole(config: HiPConfig, low: int, high: int) -> bool:
     return config.rescore_blocks > 0 and high - low <= config.start_blocks
 
 
-def _ceil_shift(x, level):  # type: ignore[no-untyped-def]  # of ints or tensors
+def _ceil_shift(x: int, level: int) -> int:
     return -(-x >> level)
 
 
@@ -156,6 +156,12 @@ class TreeSearch(BoundSelectorByNeed):
     softcap: float | None
     positions: Positions | None = None  # chunk-indexed, where the context is extended
 
+    @property
+    def scarce(self) -> bool:
+        """Whether a search may find fewer blocks than are scored again: it finds two for each chunk
+        that it keeps."""
+        return self.config.rescore_blocks > 2 * self.config.beam_blocks
+
     def chunk_indexed(self, positions: Positions) -> TreeSearch:
         """The search in which a chunk that is `n` chunks of its level before the window counts as
         `n` keys farther away."""
@@ -192,23 +198,21 @@ class TreeSearch(BoundSelectorByNeed):
         config, device, (q, near, walking) = self.config, self.q.device, votes
         features = self.representative.features(q[:, :, :walking])
         near_walking = None if near is None else near[:, :, :walking]
-        masks_per_kv_head = q.shape[1] // len(blocks)
-        low = torch.tensor([b.low for b in blocks], device=device).repeat(masks_per_kv_head)  # [P]
-        high = torch.tensor([b.high for b in blocks], device=device).repeat(masks_per_kv_head)
-        # Of every level: its complete chunks, those at their edges, and which of these the level
-        # above covers.
-        shift = torch.arange(level + 1, device=device)
-        first, last = _ceil_shift(low[:, None], shift), high[:, None] >> shift  # [P, levels]
-        edges = torch.stack([first, last - 1], dim=-1)
-        covered = [first[:, :-1] == 2 * first[:, 1:], last[:, :-1] == 2 * last[:, 1:]]
-        covered_edges = torch.stack(covered, dim=-1)
+        masks_per_kv_head, levels = q.shape[1] // len(blocks), range(level + 1)
+        # Of every level: its first and its last complete chunk, and which of them the level above
+        # covers, for they are halves of those there.
+        ends = [[(_ceil_shift(b.low, n), (b.high >> n) - 1) for b in blocks] for n in levels]
+        edges = torch.tensor(ends, device=device).repeat(1, masks_per_kv_head, 1)  # [levels, P, 2]
         halves = torch.arange(2, device=device)
+        covered_edges = edges[:-1] == 2 * edges[1:] + halves
 
         # Start: every query block meets the same tile of chunks, so this level is one matrix
         # product.
-        tile = slice(min(-(-b.low >> level) for b in blocks), max(b.high >> level for b in blocks))
-        ids = torch.arange(tile.start, tile.stop, device=device).expand(q.shape[0], len(low), -1)
-        invalid = (ids[0] < first[:, level:]) | (ids[0] >= last[:, level:])
+        tile = slice(min(first for first, _ in ends[-1]), 1 + max(last for _, last in ends[-1]))
+        ids = torch.arange(tile.start, tile.stop, device=device).expand(*q.shape[:2], -1)
+        invalid = None
+        if any(span != ends[-1][0] for span in ends[-1]):
+            invalid = (ids[0] < edges[-1, :, :1]) | (ids[0] > edges[-1, :, 1:])
         if self.positions is None:
             table, flat = self.pyramid.levels[level][heads, tile], features.flatten(1, 2)
             logits, into = _room_for((*flat.shape[:2], table.shape[1]), near_walking, flat)
@@ -216,22 +220,23 @@ class TreeSearch(BoundSelectorByNeed):
             logits = logits.view(*features.shape[:3], -1)
             scores = self._aggregate(logits, invalid, near_walking, level)
         else:  # the window of each query block is elsewhere
-            end = last[:, level]
-            scores = self._scores(heads, level, features, ids, end, invalid, near_walking)
+            scores = self._scores(heads, level, features, ids, edges[-1], invalid, near_walking)
 
         for below in reversed(range(level)):
             # there are at least `beam_blocks`: one level below the start there are more than twice
             # as many, two of them at the edges
             ids = best(scores, ids, config.beam_blocks)
             children = (2 * ids[..., None] + halves).flatten(-2)
-            ids = torch.cat([children, edges[:, below].expand(*ids.shape[:2], 2)], dim=-1)
-            end, invalid = last[:, below], covered_edges[:, below]
-            scores = self._scores(heads, below, features, ids, end, invalid, near_walking)
-        ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
+            own, invalid = edges[below], covered_edges[below]
+            ids = torch.cat([children, own.expand(*ids.shape[:2], 2)], dim=-1)
+            scores = self._scores(heads, below, features, ids, own, invalid, near_walking)
+        if self.scarce:
+            ids = ids.masked_fill(scores == -torch.inf, NO_CHUNK)
 
         if config.rescore_blocks:
             ids = best(scores, ids, config.rescore_blocks).sort(dim=-1).values
-            scores = self._exact(heads, q, ids, high, near)
+            windows = [block.high for block in blocks] * masks_per_kv_head
+            scores = self._exact(heads, q, ids, windows, near)
             read_on(scores, ids, onward_of(config))
         ids = best(scores, ids, config.budget_blocks).sort(dim=-1).values
         return ids.unflatten(1, (masks_per_kv_head, len(blocks)))
@@ -251,7 +256,7 @@ class TreeSearch(BoundSelectorByNeed):
             block = blocks[item % len(blocks)]
             some = slice(block.low - first, block.high - first)
             own = keys[:, some.start * size : some.stop * size]
-            own = self._unrotated(own, ids[None, some], torch.tensor(block.high, device=device))
+            own = self._unrotated(own, ids[None, some], block.high)
             most = max(1, VOTES_AT_ONCE // (len(q) * own.shape[1]))
             for at in range(0, q.shape[2], most):
                 votes = q[:, item, at : at + most]
@@ -266,27 +271,28 @@ class TreeSearch(BoundSelectorByNeed):
         chosen = best(scores, every, config.budget_blocks)  # every query block has more
         return chosen.sort(dim=-1).values.unflatten(1, (-1, len(blocks)))
 
-    def _gather(self, heads: slice, level: int, ids: Tensor, end: Tensor) -> Tensor:
-        """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `end` `[P]`: the
-        chunk after the last one."""
+    def _gather(self, heads: slice, level: int, ids: Tensor, edges: Tensor) -> Tensor:
+        """Summaries of the chunks `ids` `[heads, P, M]` -> `[heads, P, M, width]`; `edges`
+        `[P, 2]`: the first and the last chunk of the searched range."""
         table = self.pyramid.levels[level][heads]
         out = scratch.take("summaries", (*ids.shape, table.shape[-1]), table)
         rows = ids
         if len(table) > 1:
-            rows = ids + torch.arange(len(table), device=ids.device)[:, None, None] * table.shape[1]
+            head = torch.arange(len(table), device=ids.device)[:, None, None]
+            rows = torch.add(ids, head, alpha=table.shape[1])
         torch.index_select(table.flatten(0, 1), 0, rows.flatten(), out=out.flatten(0, 2))
         if self.positions is None:
             return out
-        cos, sin = self._angles(ids, end, out)
+        cos, sin = self._angles(ids, edges[:, 1], out)
         unrotated = scratch.take("unrotated", out.shape, out)
         return self.representative.unrotate(out, cos, sin, self.q.shape[-1], unrotated)
 
-    def _angles(self, ids: Tensor, end: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, ids: Tensor, last: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[heads, P, M, R / 2]` by which chunks are rotated back: a position for
-        each chunk up to the window."""
+        each chunk up to the last one before the window, `last` `[P]`."""
         assert self.positions is not None
         farthest = farthest_chunk(self.positions, self.config)
-        return self.positions.chunk_angles(ids, end, farthest, like)
+        return self.positions.chunk_angles(ids, last, farthest, like)
 
     def _scores(
         self,
@@ -294,14 +300,15 @@ class TreeSearch(BoundSelectorByNeed):
         level: int,
         features: Tensor,
         ids: Tensor,
-        end: Tensor,
-        invalid: Tensor,
+        edges: Tensor,
+        invalid: Tensor | None,
         near: Tensor | None,
     ) -> Tensor:
         """Scores `[heads, P, M]` of the chunks `ids` that each of P query blocks has for itself;
         features `[heads, P, R, F]`.
 
-        `invalid`, `[P, m]`, masks the last of them; `near` as `_votes` gives it.
+        `edges` as in `_gather`; `invalid`, `[P, m]`, masks the last of the chunks; `near` as
+        `_votes` gives it.
         """
         table, (heads_here, count, rows, _) = self.pyramid.levels[level], features.shape
         logits, products = _room_for((heads_here, count, rows, ids.shape[-1]), near, features)
@@ -314,13 +321,13 @@ class TreeSearch(BoundSelectorByNeed):
             own = slice(head, head + each)
             for at in range(0, count, size):
                 part = slice(at, at + size)
-                summaries = self._gather(some, level, ids[own, part], end[part]).flatten(0, 1)
+                summaries = self._gather(some, level, ids[own, part], edges[part]).flatten(0, 1)
                 vectors, into = (x[own, part].flatten(0, 1) for x in (features, products))
                 torch.bmm(vectors, summaries.transpose(1, 2), out=into)
         return self._aggregate(logits, invalid, near, level)
 
     def _aggregate(
-        self, logits: Tensor, invalid: Tensor, near: Tensor | None, level: int
+        self, logits: Tensor, invalid: Tensor | None, near: Tensor | None, level: int
     ) -> Tensor:
         if near is not None:
             # a chunk's logit stands for each of its keys: what is read anyway is divided by the
@@ -329,13 +336,14 @@ class TreeSearch(BoundSelectorByNeed):
         return aggregate(logits, self.config.score, self.softcap, invalid, near)
 
     def _exact(
-        self, heads: slice, q: Tensor, ids: Tensor, high: Tensor, near: Tensor | None
+        self, heads: slice, q: Tensor, ids: Tensor, windows: list[int], near: Tensor | None
     ) -> Tensor:
-        """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `high` `[P]`: the block
-        that the window begins with."""
+        """Scores of key blocks `ids` `[heads, P, M]` by all their keys; `windows`: of each of P
+        query blocks the key block that its window begins with."""
         keys, size = self.keys[heads], self.config.block_k
-        missing = ids == NO_CHUNK
-        ids = ids.masked_fill(missing, 0)
+        missing = ids == NO_CHUNK if self.scarce else None
+        if missing is not None:
+            ids = ids.masked_fill(missing, 0)
         head_rows, index = head_rows_of(keys, size), block_index(keys, ids, size)
         scores = q.new_empty(ids.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         count, dim = ids.shape[2], keys.shape[-1]
@@ -352,21 +360,21 @@ class TreeSearch(BoundSelectorByNeed):
                 for head, rows in enumerate(head_rows):
                     rows.take(index[head, item, at * units : end * units], flat[head])
                 flat = flat.reshape(len(ids), -1, dim).to(q.dtype)
-                flat = self._unrotated(flat, ids[:, item, at:end], high[item])
+                flat = self._unrotated(flat, ids[:, item, at:end], windows[item])
                 into = products[:, :, at * size : end * size]
                 torch.bmm(q[:, item], flat.transpose(1, 2), out=into)
-            gone = missing[:, item]
-            absent = gone.repeat_interleave(size, -1) if gone.any() else None
+            absent = None if missing is None else missing[:, item].repeat_interleave(size, -1)
             found = aggregate(logits, self.config.score, self.softcap, absent, own, size)
             scores[:, item] = found
         return scores
 
-    def _unrotated(self, keys: Tensor, ids: Tensor, high: Tensor) -> Tensor:
-        """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block whose
-        window begins with block `high` sees them."""
+    def _unrotated(self, keys: Tensor, ids: Tensor, window: int) -> Tensor:
+        """Keys `[heads, M * block_k, D]` of the blocks `ids` `[heads, M]`, as a query block sees
+        them whose window begins with block `window`."""
         if self.positions is None:
             return keys
-        angles = self._angles(ids[:, None], high[None], keys)
+        last = torch.tensor([window - 1], device=ids.device)
+        angles = self._angles(ids[:, None], last, keys)
         # a block's keys rotate alike
         cos, sin = (x[:, 0].repeat_interleave(self.config.block_k, 1) for x in angles)
         return rotate(keys, cos, sin, back=True, out=scratch.take("unrotated", keys.shape, keys))

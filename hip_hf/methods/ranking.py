@@ -69,7 +69,7 @@ def aggregate(
         shares = widened(logits)
         if near is not None:
             # of what overflows there is no softmax: such a row has no say either
-            shares[..., -1] = near.clamp(max=torch.finfo(shares.dtype).max)
+            torch.clamp(near, max=torch.finfo(shares.dtype).max, out=shares[..., -1])
         scores = torch.softmax(shares, dim=-1, out=shares).sum(-2)[..., : candidates.shape[-1]]
         scores = scores if size == 1 else scores.unflatten(-1, (-1, size)).sum(-1)
     # -inf is for candidates that do not exist; whatever overflowed is merely the worst, or the best

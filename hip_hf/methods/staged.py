@@ -236,7 +236,7 @@ class StagedSearch(base.BoundSelector):
         angles = None
         if self.positions is not None:
             farthest = farthest_chunk(self.positions, self.config)
-            angles = self.positions.chunk_angles(ids, end, farthest, q)
+            angles = self.positions.chunk_angles(ids, end - 1, farthest, q)
         at = ids.masked_fill(missing, 0) * size
         seen = None
         for _ in range(descent(stage, self.halvings)):

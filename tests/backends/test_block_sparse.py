@@ -10,7 +10,7 @@ import torch
 
 from hip_hf import workers
 from hip_hf.backends.tensors import Tensors
-from hip_hf.backends.torch.block_sparse import near_logits, partial
+from hip_hf.backends.torch.block_sparse import near_logits, near_lse, partial
 from hip_hf.geometry import QueryBlock
 
 GROUPS, SIZE, DIM = 3, 8, 16
@@ -75,6 +75,15 @@ def test_what_is_read_anyway_has_the_log_sum_exp_of_attention_to_it(given):
     some = near_logits(t, blocks, SIZE, 0, range(1, 16, 2))[1].unflatten(2, (3, 16))
     assert some[..., ::2].isnan().all()
     torch.testing.assert_close(some[..., 1::2], got.unflatten(2, (3, 16))[..., 1::2])
+
+
+@pytest.mark.parametrize(("sink", "window"), [(16, 40), (0, 40), (16, 0), (0, 0)])
+@pytest.mark.parametrize("given", [{}, {"softcap": 0.7}, {"sliding_window": 30}])
+def test_a_single_row_finds_the_same_where_the_keys_lie(poison, sink, window, given):
+    t, (block,), _ = make_case(1, 1, sink, window)
+    t = replace(t, **given)
+    want = near_logits(t, [block], SIZE, 0, range(1))[1].clone()
+    torch.testing.assert_close(near_lse(t, block), want, atol=1e-12, rtol=1e-12)
 
 
 def test_some_heads_of_a_group_take_their_part_of_known_logits():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
+from hip_hf.backends.torch.softmax import add_sink_logits, exponentiate, weigh_values
 from hip_hf.cache.pages import KeyRows, PagedKeys, block_index, head_rows_of
 from hip_hf.geometry import QueryBlock, rows_of_blocks
 from hip_hf.methods.ranking import squash
@@ -204,31 +205,6 @@ def attend_blocks(
         at += len(run)
 
 
-def weigh_values(logits: Tensor, v: Tensor, out: Tensor, need_lse: bool) -> Tensor | None:
-    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`, into
-    `out` `[N, rows, Dv]`. Returns their log-sum-exp `[N, rows]` (fp32 at least) if it is wanted."""
-    if not need_lse:
-        torch.bmm(torch.softmax(logits, dim=-1, out=logits), v, out=out)
-        return None
-    wide = widened(logits)
-    total, lse = exponentiate(wide)
-    if wide is logits:
-        torch.bmm(logits, v, out=out).div_(total)  # fewer numbers than the weights are
-    else:
-        torch.bmm(logits.copy_(wide.div_(total)), v, out=out)
-    return lse
-
-
-def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponentials of logits `[..., keys]`, in their place, over each row's highest. Returns their
-    sum `[..., 1]` and the log-sum-exp `[...]` of the logits, both in fp32 at least. A row whose
-    logits have all overflowed to -inf weighs nothing beside what else it reads, and is no NaN."""
-    limits, wide = torch.finfo(logits.dtype), torch.promote_types(logits.dtype, torch.float32)
-    highest = logits.amax(-1, keepdim=True).clamp_(min=limits.min)
-    total = logits.sub_(highest).exp_().sum(-1, keepdim=True, dtype=wide).clamp_(min=limits.tiny)
-    return total, total.log().add_(highest)[..., 0]
-
-
 class Parts:
     """A buffer `[heads, picked + sink + window, D]` for the keys (or values) that one query block
     reads, and views of it; `sizes`: `(picked, sink, window)`."""
@@ -270,12 +246,8 @@ class Parts:
 def attend_range(t: Tensors, block: QueryBlock) -> None:
     """Attention of one query block to every key from `block.start` on, read where it lies; tile by
     tile if they are many."""
-    own = rows_of_blocks([block])
-    q = t.q[:, :, own]
-    kv_heads, groups, n, dim = q.shape
-    like = q.new_empty(0, dtype=compute_dtype(q))
-    query = scratch.take("q", (kv_heads, groups, n, dim), like)
-    query.copy_(q).mul_(t.scale)
+    query = _scaled_queries(t, block)
+    _, groups, n, _ = query.shape
     tile = max(n, LOGITS_AT_ONCE // (groups * n))
     parts: list[tuple[Tensor, Tensor | None]] = []
     end = block.last + 1
@@ -291,7 +263,27 @@ def attend_range(t: Tensors, block: QueryBlock) -> None:
         assert lse is not None
         assert more_lse is not None
         lse = merge(out, lse, more, more_lse)
-    store(t, own, out, lse)
+    store(t, rows_of_blocks([block]), out, lse)
+
+
+def near_lse(t: Tensors, block: QueryBlock) -> Tensor:
+    """Log-sum-exp `[heads, G, 1]`, in fp32 at least, of a query block of one row over what it
+    always reads, where it lies. Without context extension: there positions are given by the order
+    of what is read."""
+    query, (sink, window) = _scaled_queries(t, block), always_read(block)
+    kv_heads, groups, _, _ = query.shape
+    logits = scratch.take("logits", (kv_heads, groups, sink + window), query)
+    ends = ((block.start, block.sink_end), (block.window_start, block.last + 1))
+    for (first, end), into in zip(ends, (logits[..., :sink], logits[..., sink:]), strict=True):
+        _tile_logits(t, query, block, first, end, into)
+    return exponentiate(widened(logits))[1][..., None]
+
+
+def _scaled_queries(t: Tensors, block: QueryBlock) -> Tensor:
+    """The scaled queries of a query block, `[heads, G, rows, D]`, in the dtype to multiply in."""
+    q = t.q[:, :, rows_of_blocks([block])]
+    like = q.new_empty(0, dtype=compute_dtype(q))
+    return scratch.take("q", tuple(q.shape), like).copy_(q).mul_(t.scale)  # widened before scaled
 
 
 def cuts_of(k: KeyRows, start: int, end: int) -> list[int]:
@@ -310,25 +302,35 @@ def _attend_tile(
     """Attention to the keys `first` to `end - 1`, and the log-sum-exp if the caller or a `merge`
     with other tiles needs it."""
     kv_heads, groups, n, _ = query.shape
-    k, v = (x[:, first:end].to(query.dtype) for x in (t.k, t.v))
-    logits = scratch.take("logits", (kv_heads, groups * n, end - first), k)
-    if t.positions is None:
-        torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
-    else:
-        t.positions.dense_logits(query, k, block.first, block.last, first, out=logits)
-    squash(logits, t.softcap)
-    by_row = logits.view(kv_heads, groups, n, end - first)
-    if n > 1 and end == block.last + 1:
-        by_row[..., end - first - n :].masked_fill_(future(n, logits.device), -torch.inf)
-    if t.sliding_window is not None:
-        position = torch.arange(first, end, device=query.device)[None]
-        _mask_sliding(by_row, position, block.first, t.sliding_window)
-    out = scratch.take("out", (kv_heads, groups * n, v.shape[-1]), k)
+    v = t.v[:, first:end].to(query.dtype)
+    logits = scratch.take("logits", (kv_heads, groups * n, end - first), query)
+    _tile_logits(t, query, block, first, end, logits)
+    out = scratch.take("out", (kv_heads, groups * n, v.shape[-1]), query)
     lse = weigh_values(logits, v, out, t.lse is not None or t.sink_logits is not None or merge)
     out = out.view(kv_heads, groups, n, -1)
     if lse is None:
         return out, None
     return (out.to(lse.dtype, copy=True) if merge else out), lse.view(kv_heads, groups, n)
+
+
+def _tile_logits(
+    t: Tensors, query: Tensor, block: QueryBlock, first: int, end: int, logits: Tensor
+) -> None:
+    """Logits `[heads, G * rows, end - first]` of a query block for the keys `first` to `end - 1`:
+    capped, what a row may not see masked."""
+    _, groups, n, _ = query.shape
+    k = t.k[:, first:end].to(query.dtype)
+    if t.positions is None:
+        torch.bmm(query.flatten(1, 2), k.transpose(1, 2), out=logits)
+    else:
+        t.positions.dense_logits(query, k, block.first, block.last, first, out=logits)
+    squash(logits, t.softcap)
+    by_row = logits.unflatten(1, (groups, n))
+    if n > 1 and end == block.last + 1:
+        by_row[..., end - first - n :].masked_fill_(future(n, logits.device), -torch.inf)
+    if t.sliding_window is not None:
+        position = torch.arange(first, end, device=query.device)[None]
+        _mask_sliding(by_row, position, block.first, t.sliding_window)
 
 
 def store(t: Tensors, rows: slice, out: Tensor, lse: Tensor | None) -> None:
@@ -341,14 +343,6 @@ def store(t: Tensors, rows: slice, out: Tensor, lse: Tensor | None) -> None:
     if t.lse is not None:
         assert lse is not None
         t.lse[:, :, rows] = lse
-
-
-def add_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> None:
-    """Let the extra logits `sink_logits` `[Hkv, G]` take part in a softmax: changes out
-    `[Hkv, G, n, Dv]` and lse `[Hkv, G, n]`."""
-    sink = sink_logits[..., None].to(lse.dtype)
-    out.mul_(torch.sigmoid(lse - sink)[..., None])
-    torch.logaddexp(lse, sink, out=lse)
 
 
 _triangles: dict[tuple[int, torch.device], Tensor] = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 from hip_hf.backends.base import Result
 from hip_hf.backends.keys_read import known
 from hip_hf.backends.tensors import Tensors
-from hip_hf.backends.torch.block_sparse import add_sink_logits, weigh_values
+from hip_hf.backends.torch.softmax import add_sink_logits, weigh_values
 from hip_hf.cache.pages import pick, rows_of
 from hip_hf.geometry import QueryBlock
 from hip_hf.methods.ranking import squash

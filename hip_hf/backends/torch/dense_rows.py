@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
-from hip_hf.backends.torch.block_sparse import add_sink_logits, exponentiate
+from hip_hf.backends.torch.softmax import add_sink_logits, exponentiate
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, run, scratch
 

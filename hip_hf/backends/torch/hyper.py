@@ -18,8 +18,8 @@ from torch import Tensor
 from hip_hf.backends.hyper import HyperCall
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
-from hip_hf.backends.torch.block_sparse import add_sink_logits
 from hip_hf.backends.torch.dense_rows import attend_exact, rows_at_once, weigh
+from hip_hf.backends.torch.softmax import add_sink_logits
 from hip_hf.geometry import Span
 from hip_hf.methods.hyper import (
     Leaf,

@@ -18,6 +18,7 @@ from hip_hf.backends.torch.block_sparse import (
     attend_range,
     in_parts,
     near_logits,
+    near_lse,
     partial,
     store,
 )
@@ -149,9 +150,19 @@ class SparseAttention(BlockSparseCall):
         take from what is left for the candidates, of each block's rows that are `asked`."""
         size = self.config.block_k
         logits, lse = near_logits(t, blocks, size, self.budget * size, asked)
-        if t.sink_logits is not None:
-            lse = torch.logaddexp(lse, t.sink_logits[:, :, None].to(lse.dtype))
-        return logits, lse
+        return logits, self._with_sinks(t, lse)
+
+    def _with_sinks(self, t: Tensors, lse: Tensor) -> Tensor:
+        """The log-sum-exp `[heads, G, rows]` with the attention sinks, if there are any."""
+        if t.sink_logits is None:
+            return lse
+        return torch.logaddexp(lse, t.sink_logits[:, :, None].to(lse.dtype))
+
+    def _near_one(self, t: Tensors, block: QueryBlock) -> Tensor:
+        """The log-sum-exp `[heads, G, 1]` of a single row over what it always reads."""
+        if t.positions is None:
+            return self._with_sinks(t, near_lse(t, block))
+        return self._near(t, [block], range(1))[1]
 
     def _attend(
         self,
@@ -211,7 +222,7 @@ class SparseAttention(BlockSparseCall):
             (block,) = self._blocks(span)
             search, ids = self._search(t, row, [block]), None
             if not self._covered(block):
-                near = self._near(t, [block], range(1))[1] if self.selector.asks_need else None
+                near = self._near_one(t, block) if self.selector.asks_need else None
                 ids = self._selected(search, heads, [block], near)
             if row is not None:
                 row.selection = KeptSelection(ids, block.window_start, block.first)
