@@ -102,7 +102,7 @@ def test_a_covering_budget_is_dense_with_padding_and_every_feature(
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("heads", [slice(0, 2), slice(1, 2)])
 @pytest.mark.parametrize("given", FEATURES)
-def test_selecting_every_middle_block_is_dense_attention(given: dict, heads: slice) -> None:
+def test_selecting_every_candidate_is_dense_attention(given: dict, heads: slice) -> None:
     """Block-sparse attention itself, with gathered blocks, where the identities above read one
     contiguous range."""
     config, tokens = small(), 112

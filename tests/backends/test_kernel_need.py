@@ -227,14 +227,14 @@ def test_settings(fields: dict[str, Any], poison: None) -> None:
 
 @pytest.mark.parametrize("stride", [3, 4, 8])
 @pytest.mark.parametrize("where", [None, positions(48)])
-def test_more_rows_vote_where_a_middle_is_looked_at_whole(
+def test_more_rows_vote_where_the_candidates_are_looked_at_whole(
     where: Any, stride: int, poison: None
 ) -> None:
     """In one call, where there are up to 16 blocks: all that are asked."""
     config, spans = small(query_stride=stride, rescore=2), [whole(150, 120), whole(60, 40, 1, 9)]
     case = Case(config, spans, groups=3, positions=where)
-    middles = [block.num_candidates for span in case.spans for block in case.blocks(span, False)]
-    assert min(middles) <= 4 < sorted(middles)[len(middles) // 2] <= 16 < max(middles)
+    counts = [block.num_candidates for span in case.spans for block in case.blocks(span, False)]
+    assert min(counts) <= 4 < sorted(counts)[len(counts) // 2] <= 16 < max(counts)
     check(case)
 
 

@@ -73,7 +73,7 @@ def test_settings_of_the_search(fields: dict[str, Any]) -> None:
     (dict(block_k=6, budget=18), dict(page_size=7)), (dict(), dict(dim=80, dtype=torch.float16)),
     (dict(beam=20), dict(softcap=2.0, sliding=200, sinks=torch.ones(2))),
 ])  # fmt: skip
-def test_short_middles_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:
+def test_few_candidates_are_looked_at_whole(fields: dict[str, Any], shape: dict[str, Any]) -> None:
     """Of one call, some; in a second sequence, which is padded, all."""
     config, spans = (
         small(**{"rescore": 3, "beam": 5, **fields}),

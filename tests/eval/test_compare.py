@@ -144,7 +144,7 @@ def test_bytes_of_a_query_block() -> None:
     assert cost.bytes_share == (cost.attention_bytes + cost.selection_bytes) / cost.dense_bytes
 
 
-def test_bytes_of_asking_who_needs_the_middle() -> None:
+def test_bytes_of_asking_who_needs_the_candidates() -> None:
     """Of 300 keys between sink and window at most 64 are asked, a quarter of `sample`: one of
     eight."""
     config = small(options={"sample": 256})

@@ -92,8 +92,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], torch.Tens
 
 
 def test_ties_go_to_the_earlier_row_then_to_the_lower_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of four rows are asked, and need the middle alike with both heads, in numbers that float
-    arithmetic keeps exact; two may vote."""
+    """Two of four rows are asked, and need the candidates alike with both heads, in numbers that
+    float arithmetic keeps exact; two may vote."""
     config = small(block_q=4, query_stride=4, options={"sample": 2})
     q, k = (
         torch.zeros(1, 2, 104, 16, dtype=torch.float64),
@@ -124,7 +124,7 @@ def test_those_vote_who_need_most(
     monkeypatch: pytest.MonkeyPatch,
     threads: Callable[[int], None],
 ) -> None:
-    """By the best of all keys of the middle, or of a sample of them, and then by another choice of
+    """By the best of all candidate keys, or of a sample of them, and then by another choice of
     rows; the neediest half walks the tree."""
     config = small(**FEW, group_shared=group_shared, options={"sample": sample})
     q, k, v = make_qkv(331, 75, heads=2, groups=3, dtype=torch.float64)
@@ -147,11 +147,11 @@ def test_those_vote_who_need_most(
                 rows = torch.stack([q[0, h, p - 256] for p, h in at]) / 4
                 logits = rows @ k[0, head].T
                 position = torch.arange(331)
-                middle = (position >= low * 4) & (position < high * 4)
+                inside = (position >= low * 4) & (position < high * 4)
                 hidden = position[None] > torch.tensor([p for p, _ in at])[:, None]
-                near = logits.masked_fill(middle | hidden, -torch.inf).logsumexp(-1)
+                near = logits.masked_fill(inside | hidden, -torch.inf).logsumexp(-1)
                 some = brute.sampled_keys(low * 4, high * 4, sample)
-                need, estimate = (logits[:, keys].amax(-1) - near for keys in (middle, some))
+                need, estimate = (logits[:, keys].amax(-1) - near for keys in (inside, some))
                 count = min(len(at), -(-len(heads) * 16 // 8))
                 by_all, by_some = (
                     x.argsort(descending=True)[:count].tolist() for x in (need, estimate)
@@ -225,7 +225,7 @@ def spans_of(
 
 @pytest.mark.parametrize("real", [163, 161, 160])
 def test_rows_of_padding_on_the_right_never_vote(real: int) -> None:
-    """They would be in the last query block, and look for nothing but the middle."""
+    """They would be in the last query block, and look for nothing but the candidates."""
     config = small(**FEW)
     q, k, v = make_qkv(200, batch=2, dtype=torch.float64)
     q[1, :, real:] = 100 * k[1, :, 60].repeat_interleave(2, 0)[:, None]
@@ -324,7 +324,7 @@ def mostly_near(
 def test_rows_that_attend_near_them_do_not_change_the_selection(
     few: int, group_shared: bool
 ) -> None:
-    """Fewer rows than may vote need the middle: also such of the others as vote have no say."""
+    """Fewer rows than may vote need the candidates: also such of the others as vote have no say."""
     config = small(**FEW, group_shared=group_shared, sink=8)
     needy = [3, 7, 11][:few]  # of those that are asked
     q, k, v = mostly_near(12, needy)
@@ -340,7 +340,7 @@ def test_rows_that_attend_near_them_do_not_change_the_selection(
         assert all(got[key] == want[key] for key in want if key[1] == last)
     q[:, :, [16 + needy[0]], :NEAR] = 3 * torch.randn(1, 2, 1, NEAR, dtype=torch.float64)
     assert any(selected(config, q, k, v)[key] != want[key] for key in want if key[1] == last), (
-        "who needs the middle has a say"
+        "who needs the candidates has a say"
     )
 
 

@@ -130,7 +130,7 @@ def test_need_is_estimated_from_one_key_in_64_within_limits() -> None:
 
 
 @pytest.mark.parametrize("block_k", [1, 3, 4])
-def test_the_sample_of_a_middle_is_as_fine_as_allowed(block_k: int) -> None:
+def test_the_sample_of_the_candidates_is_as_fine_as_allowed(block_k: int) -> None:
     config = small(block_k=block_k, budget=2 * block_k)
     for low, high, most in itertools.product((0, 1, 5), (6, 40, 41), (2, 7, 64)):
         inside = range(low * block_k, high * block_k)

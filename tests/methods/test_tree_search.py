@@ -50,12 +50,12 @@ def test_same_blocks_for_every_shape_of_the_tree(
     dict(block_k=3, budget=12), dict(options={"onward": 1}), dict(query_stride=8),
     dict(query_stride=8, group_shared=False), dict(query_stride=16),
 ])  # fmt: skip
-def test_same_blocks_where_short_middles_are_looked_at_whole(
+def test_same_blocks_where_few_candidates_are_looked_at_whole(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], score: str
 ) -> None:
     """Those of up to 16 blocks, twice `beam`; the longer ones of the same call are walked
     through."""
-    middles: dict[str, list[int]] = {}
+    counts: dict[str, list[int]] = {}
     for name in ("_whole", "_search"):
         original = getattr(hip.TreeSearch, name)
 
@@ -67,12 +67,12 @@ def test_same_blocks_where_short_middles_are_looked_at_whole(
             name: str = name,
             original: Any = original,
         ) -> torch.Tensor:
-            middles.setdefault(name, []).extend(block.num_candidates for block in blocks)
+            counts.setdefault(name, []).extend(block.num_candidates for block in blocks)
             return original(self, heads, blocks, *rest)
 
         monkeypatch.setattr(hip.TreeSearch, name, count)
     check(small(rescore=2, score=score, **fields), 150, 120)
-    assert max(middles["_whole"]) <= 16 < min(middles["_search"]), middles
+    assert max(counts["_whole"]) <= 16 < min(counts["_search"]), counts
 
 
 @pytest.mark.parametrize("score", ["mass", "max"])
@@ -93,7 +93,7 @@ def test_votes_that_are_too_many_at_once_are_scored_after_one_another(
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_nothing_hides_a_key_of_a_short_middle(rows: int) -> None:
+def test_nothing_hides_a_key_of_few_candidates(rows: int) -> None:
     """The summaries of eleven blocks promise much that is in none of their keys; only one block has
     what all rows look for."""
     q, k, v = make_qkv(84, rows, dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_same_blocks_for_every_choice_of_votes(
 
 
 @pytest.mark.parametrize("sample", [2, 3, 16, 64, 1000])
-def test_same_blocks_for_every_sample_of_the_middle(sample: int) -> None:
+def test_same_blocks_for_every_sample_of_the_candidates(sample: int) -> None:
     check(small(options={"sample": sample}, query_stride=8), 163, 35)
 
 
@@ -225,7 +225,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("fields", SHAPES)
 @pytest.mark.parametrize("tokens", [61, 100, 163, 255, 256, 257, 300])
-def test_the_first_candidates_cover_every_middle_block_once(
+def test_the_first_candidates_cover_every_searched_block_once(
     tokens: int, fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real code's candidates: all of the start level, then at each level the last two, which
@@ -252,7 +252,7 @@ def test_the_first_candidates_cover_every_middle_block_once(
 @pytest.mark.parametrize("low", [0, 1, 2, 7, 16])
 @pytest.mark.parametrize("beam", [1, 2, 3])
 @pytest.mark.parametrize("coarsest", [None, 1, 4, 32])
-def test_the_dyadic_cover_of_any_middle(low: int, beam: int, coarsest: int | None) -> None:
+def test_the_dyadic_cover_of_any_searched_range(low: int, beam: int, coarsest: int | None) -> None:
     config = small(block_k=1, budget=2, beam=beam, coarsest=coarsest)
     for high in range(low + 3, low + 140):
         twin = brute.Search(config, torch.empty(0, 1), [], low, high, 1.0)
@@ -270,7 +270,7 @@ def test_the_dyadic_cover_of_any_middle(low: int, beam: int, coarsest: int | Non
 
 @pytest.mark.parametrize("sliding", [None, 60, 90])
 @pytest.mark.parametrize("fields", SHAPES)
-def test_no_candidate_reaches_out_of_the_middle(
+def test_no_candidate_reaches_out_of_the_searched_range(
     fields: dict[str, int], sliding: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(decode_refresh=1, **fields)
