@@ -1,5 +1,4 @@
-"""`hip-hf chat`: questions about one document. It is read once, and each turn computes its new
-tokens only."""
+"""`hip-hf chat`: questions about one document, which is read once."""
 
 from __future__ import annotations
 
@@ -33,12 +32,11 @@ EXTEND = "--set extend=streaming --set dense_tail=0"
 def questions(given: list[str]) -> Iterator[str]:
     """Those given; without any, what is typed at a prompt until the input ends (Ctrl-D), or the
     lines of a piped input."""
-    if not given and sys.stdin.isatty():
-        yield from typed()
-        return
-    for line in given or sys.stdin:
+    asks = not given and sys.stdin.isatty()
+    for line in typed() if asks else given or sys.stdin:
         if question := line.strip():
-            report.note(f"> {question}")
+            if not asks:
+                report.note(f"> {question}")
             yield question
 
 
@@ -46,20 +44,16 @@ def typed() -> Iterator[str]:
     """Lines typed at a prompt. Ctrl-C there drops the line."""
     while True:
         try:
-            question = input("> ").strip()
+            yield input("> ")
+        except KeyboardInterrupt:
+            print()
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
-            print()
-            continue
-        if question:
-            yield question
 
 
 def fill(talk: Conversation, file: Path | None) -> bool:
-    """Get the document into the cache, from the file if there is one, else by reading it. Whether
-    it was loaded."""
+    """Fill the cache with the document, from the file if it is there. Whether it was."""
     if file is not None and file.exists():
         otherwise = "; give another file, or delete it and the document is read again"
         with inputs.user_errors("--cache", after=otherwise):
@@ -102,8 +96,8 @@ def main(
     loaded = fill(talk, cache)
     read_s = time.perf_counter() - start
     longest = getattr(text_config(net), "max_position_embeddings", inf)
-    done = "loaded" if loaded else "read"
-    say(f"{document.name}: {len(talk.held):,} tokens {done} in {read_s:.2f} s")
+    done = f"{len(talk.held):,} tokens {'loaded' if loaded else 'read'} in {read_s:.2f} s"
+    report.note(f"{document.name}: {done}", style="dim")
     if cache is not None and not loaded:
         talk.save_document(cache)
     torch.manual_seed(seed)
@@ -113,15 +107,11 @@ def main(
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         shown = None if as_json else streamer
         turns.append(turn := talk.ask(asked, max_new_tokens, shown, **options))
-        say(str(turn))
+        report.note(str(turn), style="dim")
         if settings.extend is None and turn.cache_tokens > longest:
-            say(f"longer than the {longest:,} tokens that the model is made for: {EXTEND}")
+            made_for = f"longer than the {longest:,} tokens that the model is made for"
+            report.note(f"{made_for}: {EXTEND}", style="dim")
     if as_json:
         about = {"tokens": len(talk.document_ids), "loaded": loaded, "seconds": read_s}
         details = dict(document=about, chunk=chunk, settings=settings.to_dict())
         report.show(f"chat: {model}", [asdict(turn) for turn in turns], True, **details)
-
-
-def say(line: str) -> None:
-    """A line about the conversation, on the error stream."""
-    report.note(line, style="dim")

@@ -25,7 +25,7 @@ from hip_hf.cli.generate import memory_line, print_layers
 from hip_hf.cli.publish import Json
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import demo, documents, losses, needles, real_model
-from hip_hf.eval.measure.demo import IMPLEMENTATIONS, DemoRun, question_row, row_of
+from hip_hf.eval.measure.demo import IMPLEMENTATIONS, DemoRun, question_rows, row_of
 from hip_hf.eval.measure.documents import FACT_NAMES, Fact, encode
 from hip_hf.eval.measure.generate import lengthen
 from hip_hf.eval.reporting import plots, report
@@ -53,8 +53,7 @@ DRAWN = Option(help="PNG file of which key blocks each query block reads.")
 
 
 def load_for_demo(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
-    """Return model, tokenizer and settings. The library's own progress bar is off, for the command
-    shows one itself."""
+    """Model, tokenizer and settings; no progress bar but the command's own."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -77,8 +76,7 @@ def answer_in_own_process(run: DemoRun) -> dict[str, Any]:
 
 
 def draw(file: Path, run: DemoRun, fact: Fact) -> None:
-    """The picture of who reads what in the first prompt, computed from the dense model's queries
-    and keys."""
+    """The picture of who reads what in the first prompt, by the dense model's tensors."""
     model, tokenizer, settings = load_for_demo(run, "sdpa")
     prompt = run.prompts[0]
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
@@ -114,33 +112,22 @@ def prepare(
     return prompts, new_tokens, tokens > longest
 
 
-def verdicts(question: dict[str, Any]) -> dict[str, Any]:
-    """A question's row for people: answers followed by right or wrong."""
-    row = dict(question)
-    for attn in IMPLEMENTATIONS:
-        row[attn] += " (right)" if row[attn] == question["hidden"] else " (wrong)"
-    return row
-
-
 def conclude(
-    title: str,
-    rows: list[Any],
-    as_json: bool,
-    layers: list[Report],
-    heading: str = "",
-    **details: Any,
+    title: str, rows: list[Any], as_json: bool, layers: list[Report], heading: str = "", **more: Any
 ) -> None:
-    """Show a row for each attention, `questions` of the details under a heading, and `layers` after
-    the prompt and the last step."""
+    """Show a row for each attention, the `questions` of what there is `more` under a heading, right
+    answers and wrong ones told apart, and `layers` after the prompt and the last step."""
     if as_json:
         for name, explained in zip(EXPLAINED, layers, strict=False):
-            details[name] = [asdict(layer) for layer in explained]
-        report.show(title, rows, True, **details)
+            more[name] = [asdict(layer) for layer in explained]
+        report.show(title, rows, True, **more)
         return
     if heading:
-        report.show(heading, [verdicts(row) for row in details["questions"]], False)
-    drawn = {"picture": details["picture"]} if "picture" in details else {}
-    report.show(title, rows, False, **drawn)
+        for row in more["questions"]:
+            for attn in IMPLEMENTATIONS:
+                row[attn] += " (right)" if row[attn] == row["hidden"] else " (wrong)"
+        report.show(heading, more["questions"], False)
+    report.show(title, rows, False, **({"picture": more["picture"]} if "picture" in more else {}))
     for words, found in zip(EXPLAINED.values(), layers, strict=False):
         print_layers(words, found)
 
@@ -165,8 +152,7 @@ def show_long(run: DemoRun, facts: list[Fact], as_json: bool) -> None:
 
 
 def checkpoint_of(model: str) -> str:
-    """The folder or hub name that `--model` means; the real model is fetched if it is not there
-    yet."""
+    """The folder or hub name that `--model` means; the real model is fetched if it is not there."""
     if model != real_model.NAME:
         return model
     with inputs.user_errors("--model"):
@@ -207,12 +193,9 @@ def show_at_once(
         with report.counting(what, len(attention_layers(net))) as advance:
             readings[attn] = demo.read(net, tokenizer, prompt, advance)
     rows = [reading.row(attn, prompt.answers) for attn, reading in readings.items()]
-    questions = []
-    for i, answer in enumerate(prompt.answers):
-        said = {attn: reading.answers[i] for attn, reading in readings.items()}
-        questions.append(question_row(answer.fact, said))
-    what = f"{facts} facts in {document.name}, {length:,} tokens"
-    title = f"demo: {what}, read once by {model}"
+    said = {attn: reading.answers for attn, reading in readings.items()}
+    questions = question_rows([answer.fact for answer in prompt.answers], said)
+    title = f"demo: {facts} facts in {document.name}, {length:,} tokens, read once by {model}"
     heading = "What was hidden, and what each attention would have answered"
     details = {"questions": questions, "tokens": length, "settings": settings.to_dict()}
     conclude(title, rows, as_json, [readings["hip"].layers], heading, **details)
@@ -232,19 +215,17 @@ def main(
     as_json: Json = False,
 ) -> None:
     """Hide pass keys in a long document and ask for them: dense against pruned attention."""
+    fields = inputs.parse_fields(set_)
     if model is not None:
         if checkpoint != CHECKPOINT:
             line = f"got {model!r} beside --checkpoint, allowed: one of them"
             raise BadParameter(line, param_hint="--model")
-        fields = inputs.parse_fields(set_)
         asked = facts or AT_ONCE
         show_at_once(model, fields, device, document, tokens, asked, seed, as_json)
         return
-    facts = facts or FACTS
     inputs.check_device(device)
-    hidden = demo.make_facts(facts, seed)
+    hidden = demo.make_facts(facts or FACTS, seed)
     prompts, new_tokens, beyond = prepare(checkpoint, document, tokens, hidden)
-    fields = inputs.parse_fields(set_)
     if beyond:
         run = DemoRun(checkpoint, "hip", prompts[:1], new_tokens, fields, chunk, device)
         show_long(run, hidden[:1], as_json)
@@ -254,7 +235,7 @@ def main(
     with report.progress() as bar:
         task = bar.add_task("", total=len(IMPLEMENTATIONS) + 1)
         for attn in IMPLEMENTATIONS:
-            what = f"{facts} questions, {len(prompts[0])} tokens each, {attn}"
+            what = f"{len(hidden)} questions, {len(prompts[0])} tokens each, {attn}"
             bar.update(task, description=what)
             run = DemoRun(checkpoint, attn, prompts, new_tokens, fields, device=device)
             measured[attn] = answer_in_own_process(run)
@@ -262,10 +243,8 @@ def main(
         bar.update(task, description=f"drawing {picture}")
         draw(picture, DemoRun(checkpoint, "sdpa", prompts, new_tokens, fields), hidden[0])
     rows = [row_of(attn, measured[attn], hidden) for attn in IMPLEMENTATIONS]
-    questions = []
-    for i, fact in enumerate(hidden):  # where there are no digits, what was said instead
-        said = {attn: found["answers"][i] or found["texts"][i] for attn, found in measured.items()}
-        questions.append(question_row(fact, said))
+    said = {attn: found["said"] for attn, found in measured.items()}
+    questions = question_rows(hidden, said)
     title = f"demo: {len(hidden)} questions about {document.name}, {len(prompts[0])} tokens each"
     layers = [measured["hip"]["prefill"], measured["hip"]["decode"]]
     details = {"questions": questions, "picture": str(picture), "tokens": len(prompts[0])}

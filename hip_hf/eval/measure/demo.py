@@ -1,5 +1,4 @@
-"""Pass keys hidden in a long document, asked for with dense and with pruned attention: the
-measuring part of `hip-hf demo`."""
+"""What `hip-hf demo` measures: pass keys, asked for with dense and with pruned attention."""
 
 from __future__ import annotations
 
@@ -53,9 +52,12 @@ def answer(model: Any, tokenizer: Any, run: DemoRun, read: Callable[[int], None]
         generate.generate(model, prompt, run.new_tokens, run.chunk, read) for prompt in run.prompts
     ]
     rates = [result.tokens_per_s for result in results if result.tokens_per_s is not None]
+    answers = [documents.answer_of(tokenizer, result.ids) for result in results]
+    texts = [tokenizer.decode(result.ids).strip() for result in results]
     return {
-        "answers": [documents.answer_of(tokenizer, result.ids) for result in results],
-        "texts": [tokenizer.decode(result.ids).strip() for result in results],
+        "answers": answers,
+        # where there are no digits, what was said instead
+        "said": [digits or text for digits, text in zip(answers, texts, strict=True)],
         "first_token_s": median(result.first_token_s for result in results),
         "tokens_per_s": median(rates) if rates else None,
         "loaded_mib": loaded,
@@ -104,8 +106,7 @@ def kinds_read(
 
 @torch.no_grad()
 def panels(model: Any, prompt: list[int], settings: HiPConfig) -> list[plots.Panel]:
-    """Who reads what in a prompt, a panel for each layer, computed from the queries and keys of a
-    model that attends densely."""
+    """Who reads what in a prompt, a panel a layer, from queries and keys of a dense model."""
     found = []
     for layer, problem in enumerate(capture(model, torch.tensor([prompt]))):
         kinds, path = kinds_read(problem, settings, layer)
@@ -130,15 +131,18 @@ def row_of(attn: str, measured: dict[str, Any], facts: list[Fact]) -> dict[str, 
     }
 
 
-def question_row(fact: Fact, said: dict[str, str]) -> dict[str, Any]:
-    """A fact and what each implementation answered."""
-    return {"pass_key_of": fact.name, "depth": fact.depth, "hidden": fact.key, **said}
+def question_rows(facts: list[Fact], said: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Each fact and what each implementation answered."""
+    return [
+        {"pass_key_of": fact.name, "depth": fact.depth, "hidden": fact.key}
+        | {attn: answers[i] for attn, answers in said.items()}
+        for i, fact in enumerate(facts)
+    ]
 
 
 @dataclass
 class PromptReading:
-    """What one attention made of the prompt: an answer for each fact, and `explain`'s rows (none
-    for PyTorch's)."""
+    """One attention's answers, a fact each, and `explain`'s rows (none for PyTorch's)."""
 
     answers: list[str]
     first_token_s: float
