@@ -172,7 +172,7 @@ def agreement(plan: TimingPlan, length: int) -> Rows:
     """Rows that read every key against dense attention, at sizes that no test has: the first ones,
     and the last."""
     (dtype,), (config,) = plan.dtypes, plan.settings.values()
-    q, k, v = plan.random(dtype, length, length, plan.device)
+    q, k, v = plan.random(dtype, length, length)
     result = ours(q, k, v, config)
     first = min(config.sparse_reach - config.budget, length)
     pairs = {
@@ -314,12 +314,12 @@ def profile_step(run: Run) -> None:
     runs = sizes.repeats + 3  # one to warm up, one for the host, one for the profiler
 
     def prompt(length: int, what: str = "prompt", settings: HiPConfig = sizes.settings) -> Rows:
-        q, k, v = plan.random(sizes.dtype, length, length, plan.device)
+        q, k, v = plan.random(sizes.dtype, length, length)
         work = partial(ours, q, k, v, settings)
         return parts_of(what, length, plan.device, work, 1, sizes.repeats)
 
     def gradients(length: int) -> Rows:
-        q, k, v = leaves = plan.random(sizes.dtype, length, length, plan.device)
+        q, k, v = leaves = plan.random(sizes.dtype, length, length)
         with torch.enable_grad():
             for leaf in leaves:
                 leaf.requires_grad_()
@@ -328,7 +328,7 @@ def profile_step(run: Run) -> None:
         return parts_of("gradients", length, plan.device, pull, 1, sizes.repeats)
 
     def steps(length: int) -> Rows:
-        tensors = plan.random(sizes.dtype, length + runs * count, count, plan.device)
+        tensors = plan.random(sizes.dtype, length + runs * count, count)
         work = GrowingSteps(tensors, length, count, sizes.settings)
         return parts_of("decode", length, plan.device, work, count, sizes.repeats)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +12,6 @@ from hip_hf.backends.triton import trust
 from hip_hf.cli.inputs import not_allowed, user_errors
 from hip_hf.cli.presets import Settings, parse_choice, refuse_extension, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets
-from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.pictures import LATENCY_TITLE
@@ -23,7 +21,6 @@ _PHASES = "prefill, decode; on a GPU also launched (decode without graphs), back
 _DTYPES = "Of bf16, fp32, fp16. Default: bf16,fp32; on a GPU bf16."
 HEADS = Option(help="Query heads. Default: 8; on a GPU 32.", min=1)
 KV_HEADS = Option(help="Key heads. Default: 2; on a GPU 8.", min=1)
-REPEATS = Option(help="Runs of each call; slow ones get fewer.", min=1)
 DEVICE = Option(help="cpu, or cuda: the kernels against FlashAttention and cuDNN.")
 # What is timed, on a CPU and beyond that on a GPU.
 PHASES, GPU_PHASES = ("prefill", "decode"), ("launched", "backward", "selection")
@@ -62,7 +59,7 @@ def main(
     heads: Annotated[int | None, HEADS] = None,
     kv_heads: Annotated[int | None, KV_HEADS] = None,
     head_dim: Annotated[int, Option(min=1)] = 128,
-    repeats: Annotated[int, REPEATS] = 5,
+    repeats: Annotated[int, Option(help="Runs of each call; slow ones get fewer.", min=1)] = 5,
     seed: Annotated[int, Option(help="Of the random tensors.", min=0)] = 0,
     device: Annotated[str, DEVICE] = "cpu",
     output: Output = None,
@@ -104,7 +101,12 @@ def main(
         if gpu:
             from hip_hf.eval.measure import gpu_latency
 
-            check_timed(plan.settings.values())
+            for config in plan.settings.values():
+                if config.method not in gpu_latency.TIMED_METHODS or config.delta is not None:
+                    what = config.method if config.delta is None else "Delta correction"
+                    methods = f"on a GPU {', '.join(gpu_latency.TIMED_METHODS)}"
+                    allowed = f"{methods}, without Delta correction, which is not timed"
+                    raise not_allowed("--settings", what, allowed)
             counts = given or gpu_latency.GPU_LENGTHS
             rows, refused = gpu_latency.gpu_latency_rows(plan, wanted, counts, kept)
             extra = {"refused": refused}
@@ -124,15 +126,3 @@ def main(
             lines.append(f"prefill, {fit['dtype']}, {fit['settings']}, {over}: {growth}")
     for line in dict.fromkeys(lines + extra.get("refused", [])):
         print(line)
-
-
-def check_timed(settings: Iterable[HiPConfig]) -> None:
-    """Raise typer.BadParameter for what is not timed on a GPU: other methods have no kernels."""
-    from hip_hf.eval.measure.gpu_latency import TIMED_METHODS
-
-    for config in settings:
-        if config.method not in TIMED_METHODS or config.delta is not None:
-            what = config.method if config.delta is None else "Delta correction"
-            methods = f"on a GPU {', '.join(TIMED_METHODS)}"
-            allowed = f"{methods}, without Delta correction, which is not timed"
-            raise not_allowed("--settings", what, allowed)

@@ -240,7 +240,7 @@ def test_steps_give_what_decode_gives_each_time_they_run(refresh: int, batch: in
     """The steps of a run are those of generation after a prompt; a second run repeats the first,
     also after others with the same state."""
     length, count, config = 100, 5, kernels(decode_refresh=refresh)
-    q, k, v = plan(batch=batch).random("fp32", length + count, count, torch.device(DEVICE))
+    q, k, v = plan(batch=batch).random("fp32", length + count, count)
     state = DecodeState()
     before = torch.zeros(batch, q.shape[1], length, q.shape[3], device=q.device)
     ours(before, k[:, :, :length], v[:, :, :length], config, state)

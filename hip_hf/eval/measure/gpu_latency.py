@@ -93,14 +93,9 @@ class Bench:
     refused: dict[str, None] = field(default_factory=dict)  # what PyTorch's backends said, in order
 
     @property
-    def device(self) -> torch.device:
-        """Return the device on which runs are timed."""
-        return self.plan.device
-
-    @property
     def shape(self) -> Shape:
         """Return the attention layer that is timed, as the cost model describes it."""
-        plan, like = self.plan, torch.empty(0, device=self.device)
+        plan, like = self.plan, torch.empty(0, device=self.plan.device)
         heads = plan.heads, plan.kv_heads, plan.head_dim
         size = latency.TIMED_DTYPES[self.dtype].itemsize
         return Shape(*heads, size, target_of(like), processors(like), plan.batch)
@@ -146,7 +141,7 @@ class Bench:
         times = {name: median(call.seconds) for name, call in measured.dense.items()}
         best = min(times, key=times.__getitem__, default=None)
         dense = None if best is None else times[best] / measured.dense_steps
-        device = torch.cuda.get_device_name(self.device) if self.clock.cuda else "CPU"
+        device = torch.cuda.get_device_name(self.plan.device) if self.clock.cuda else "CPU"
         gpu, found = gpu_of(device), []
         for name, call in measured.ours.items():
             path, reason = call.said
@@ -192,7 +187,7 @@ class Bench:
     def prefill(self, length: int, phases: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Rows of prefill and of its selection."""
         plan = self.plan
-        q, k, v = plan.random(self.dtype, length, length, self.device)
+        q, k, v = plan.random(self.dtype, length, length)
         problem = AttentionProblem(q, k, v, make_spans(q, k), plan.head_dim**-0.5)
         table, _ = ops.make_table(q, k, None, None, 0)
         calls, dense, searches = {}, {}, {}
@@ -218,7 +213,7 @@ class Bench:
     def backward(self, length: int) -> Rows:
         """Rows of the gradients alone; the forward pass before them is not timed."""
         plan = self.plan
-        leaves = plan.random(self.dtype, length, length, self.device)
+        leaves = plan.random(self.dtype, length, length)
         grad, pull = torch.ones_like(leaves[0]), partial(torch.autograd.grad, retain_graph=True)
         for leaf in leaves:
             leaf.requires_grad_()
@@ -245,7 +240,7 @@ class Bench:
         plan = self.plan
         variants, counts = plan.variants()
         most = max(counts.values())
-        q, k, v = tensors = plan.random(self.dtype, length + most, most, self.device)
+        q, k, v = tensors = plan.random(self.dtype, length + most, most)
 
         def dense_steps() -> None:
             for step in range(most):
@@ -254,7 +249,7 @@ class Bench:
 
         probe = partial(baseline, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in (k, v)))
         runs = self.baselines("decode", probe, dense_steps)
-        dense = {name: self.call(captured(run, self.device)) for name, run in runs.items()}
+        dense = {name: self.call(captured(run, plan.device)) for name, run in runs.items()}
         calls, alone, states = {}, {}, dict[str, DeviceState]()
         first = q[:, :, :1], k[:, :, :length], v[:, :, :length]
         problem = AttentionProblem(*first, make_spans(*first[:2]), plan.head_dim**-0.5)
@@ -262,15 +257,15 @@ class Bench:
             name, steps = key[1], (tensors, length, counts[key], config)
             reason, _ = dense_reason(problem, config, None, False)
             if reason:
-                calls[key] = self.call(captured(dense_steps, self.device))
+                calls[key] = self.call(captured(dense_steps, plan.device))
                 calls[key].said = ("dense", reason)
                 continue
             own = CapturedSteps(*steps, state=states.get(name))
             states[name] = own.state  # the keys are summarised once
-            calls[key] = self.call(captured(own, self.device))
+            calls[key] = self.call(captured(own, plan.device))
             if key[0] == latency.REFRESHED and config.method == "hip":
                 select_only = CapturedSteps(*steps, attend=False, state=own.state)
-                alone[name] = self.call(captured(select_only, self.device))
+                alone[name] = self.call(captured(select_only, plan.device))
         self.time("decode", dense, [*calls.values(), *alone.values()])
         steps_of = {name: counts[latency.REFRESHED, name] for name in alone}
         seconds = {name: median(call.seconds) / steps_of[name] for name, call in alone.items()}
@@ -283,7 +278,7 @@ class Bench:
         plan = self.plan
         variants, counts = plan.variants()
         most, dense, calls = max(counts.values()), {}, {}
-        tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most, self.device)
+        tensors = plan.random(self.dtype, length + most * (plan.repeats + 1), most)
         q, *kv = tensors
         probe = partial(baseline, q[:, :, :1], *(x[:, :, :BASELINE_PROBE] for x in kv))
         for backend in self.baselines("launched", probe, probe):

@@ -38,7 +38,6 @@ PREFILL_LENGTHS = [1024 * 2**i for i in range(8)]  # 1K to 128K
 DECODE_LENGTHS = PREFILL_LENGTHS[3:]
 PREFILL, AMORTISED, REFRESHED = "prefill", "decode amortised", "decode refreshed"
 CPU = torch.device("cpu")
-MILLISECONDS = ("hip_ms", "sdpa_ms")
 # Prefill lengths over which the growth of its time is fitted.
 FIT_RANGE = (16384, 131072)
 # A first run of this many seconds needs no warm-up before it, and counts.
@@ -66,15 +65,15 @@ class TimingPlan:
     enough: float = ENOUGH
 
     def random(
-        self, dtype: str, length: int, rows: int, device: torch.device = CPU
+        self, dtype: str, length: int, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q `[batch, heads, rows, head_dim]`, and k and v of `length` tokens, drawn where they are
         used."""
-        generator = torch.Generator(device).manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
         shapes = ((self.heads, rows), (self.kv_heads, length), (self.kv_heads, length))
         # on a GPU not as fp32: a long one would not fit beside the others
-        drawn = torch.float32 if device == CPU else TIMED_DTYPES[dtype]
-        options: dict[str, Any] = dict(generator=generator, device=device, dtype=drawn)
+        drawn = torch.float32 if self.device == CPU else TIMED_DTYPES[dtype]
+        options: dict[str, Any] = dict(generator=generator, device=self.device, dtype=drawn)
         sizes = [(self.batch, *shape, self.head_dim) for shape in shapes]
         q, k, v = (torch.randn(size, **options).to(TIMED_DTYPES[dtype]) for size in sizes)
         return q, k, v
@@ -197,10 +196,10 @@ def refresh_period(config: HiPConfig) -> int:
 def prefill_rows(plan: TimingPlan, dtype: str, length: int) -> Rows:
     """One row per setting, all against the same runs of PyTorch's attention."""
     q, k, v = plan.random(dtype, length, length)
-    dense, settings = TimedRun(partial(baseline, q, k, v)), plan.settings.items()
-    calls = {name: TimedRun(partial(ours, q, k, v, config)) for name, config in settings}
-    interleave([dense, *calls.values()], plan.repeats)
-    return [make_row(PREFILL, name, dtype, length, call, dense) for name, call in calls.items()]
+    dense, calls = TimedRun(partial(baseline, q, k, v)), {}
+    for name, config in plan.settings.items():
+        calls[PREFILL, name] = TimedRun(partial(ours, q, k, v, config))
+    return rows_of(plan, dtype, length, calls, dense, dict.fromkeys(calls, 1), 1)
 
 
 def decode_rows(plan: TimingPlan, dtype: str, length: int) -> Rows:
@@ -211,39 +210,29 @@ def decode_rows(plan: TimingPlan, dtype: str, length: int) -> Rows:
     dense = TimedRun(GrowingSteps(tensors, length, most, None))
     for key, config in variants.items():
         calls[key] = TimedRun(GrowingSteps(tensors, length, counts[key], config))
-    interleave([dense, *calls.values()], plan.repeats)
-    return [
-        make_row(*key, dtype, length, call, dense, counts[key], most) for key, call in calls.items()
-    ]
+    return rows_of(plan, dtype, length, calls, dense, counts, most)
 
 
-def make_row(
-    phase: str,
-    name: str,
+def rows_of(
+    plan: TimingPlan,
     dtype: str,
     length: int,
-    call: TimedRun,
+    calls: dict[tuple[str, str], TimedRun],
     dense: TimedRun,
-    steps: int = 1,
-    dense_steps: int = 1,
-) -> dict[str, Any]:
-    """A row of the report; the times are per step of a run."""
-    hip_ms = 1000 * median(call.seconds) / steps
-    sdpa_ms = 1000 * median(dense.seconds) / dense_steps
-    return {
-        "phase": phase,
-        "dtype": dtype,
-        "length": length,
-        "settings": name,
-        "hip_ms": hip_ms,
-        "sdpa_ms": sdpa_ms,
-        "times_faster": sdpa_ms / hip_ms,
-        "path": call.result.path,
-        "reason": call.result.reason,
-        "keys_read": call.result.density,
-        "runs": len(call.seconds),
-        "sdpa_runs": len(dense.seconds),
-    }
+    steps: dict[tuple[str, str], int],
+    dense_steps: int,
+) -> Rows:
+    """Time all, and make a row of each of the calls (by phase and name): per step of a run."""
+    interleave([dense, *calls.values()], plan.repeats)
+    sdpa_ms, rows = 1000 * median(dense.seconds) / dense_steps, []
+    for (phase, name), call in calls.items():
+        hip_ms = 1000 * median(call.seconds) / steps[phase, name]
+        row = dict(phase=phase, dtype=dtype, length=length, settings=name)
+        row |= dict(hip_ms=hip_ms, sdpa_ms=sdpa_ms, times_faster=sdpa_ms / hip_ms)
+        said = call.result
+        row |= dict(path=said.path, reason=said.reason, keys_read=said.density)
+        rows.append(row | dict(runs=len(call.seconds), sdpa_runs=len(dense.seconds)))
+    return rows
 
 
 def latency_rows(plan: TimingPlan, kept: Resumable | None = None) -> Rows:
@@ -278,7 +267,8 @@ def exponents(rows: Rows) -> Rows:
     found = []
     for (dtype, name), own in fits.items():
         lengths = [row["length"] for row in own]
-        hip, dense = (fit_exponent(lengths, [row[key] for row in own]) for key in MILLISECONDS)
-        fit = {"dtype": dtype, "settings": name, "lengths": lengths}
-        found.append({**fit, "hip": hip, "sdpa": dense})
+        fit: dict[str, Any] = {"dtype": dtype, "settings": name, "lengths": lengths}
+        for side in ("hip", "sdpa"):
+            fit[side] = fit_exponent(lengths, [row[f"{side}_ms"] for row in own])
+        found.append(fit)
     return found
