@@ -40,10 +40,10 @@ class TokenClock:
     """A streamer: `generate` hands it the prompt before it starts, and each token once it has it.
     `text`: another streamer, which gets all that this one gets."""
 
-    def __init__(self, at_first: Callable[[], None], text: BaseStreamer | None = None) -> None:
-        self.at_first, self.text = at_first, text
+    def __init__(self, text: BaseStreamer | None = None) -> None:
+        self.text = text
         self.generated: list[int] = []
-        self.start = self.first = self.resumed = self.last = 0.0
+        self.start = self.first = self.last = 0.0
 
     def put(self, ids: torch.Tensor) -> None:
         now = time.perf_counter()
@@ -53,11 +53,7 @@ class TokenClock:
             self.start = time.perf_counter()
             return
         self.generated += ids.flatten().tolist()
-        self.last = now
-        if not self.first:
-            self.first = now
-            self.at_first()
-            self.resumed = self.last = time.perf_counter()  # what `at_first` took is no decoding
+        self.first, self.last = self.first or now, now
 
     def end(self) -> None:
         """Tell the other streamer that the text has ended."""
@@ -115,16 +111,13 @@ def generate(
     held = 0 if cache is None else cache.get_seq_length()
     result, chunks = Generated(), list[tuple[int, Report]]()
 
-    def note_prefill() -> None:
-        result.prefill = over_chunks(chunks, held)
-
     def note_rows(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         rows = kwargs["input_ids"].shape[1]
         read(rows)
         if not clock.first:
             chunks.append((rows, explained(model)))
 
-    clock = TokenClock(note_prefill, text)
+    clock = TokenClock(text)
     ids = torch.tensor([prompt], device=model.device)
     given: dict[str, Any] = dict(max_new_tokens=new_tokens, streamer=clock, do_sample=False)
     given |= options
@@ -142,8 +135,8 @@ def generate(
     finally:
         hook.remove()
     result.ids, result.first_token_s = clock.generated, clock.first - clock.start
-    result.decode_s = clock.last - clock.resumed
-    result.decode = explained(model)
+    result.decode_s = clock.last - clock.first
+    result.prefill, result.decode = over_chunks(chunks, held), explained(model)
     held_mib = None if cache is None else cache_mib(cache)
     peaks = {"peak": meter.peak_mib(), "device_peak": meter.device_peak_mib()}
     result.memory = {"cache": held_mib, **peaks}
