@@ -13,7 +13,7 @@ kernels by Triton's interpreter): to be tested, not to be believed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -184,7 +184,7 @@ class Bench:
                 del dense[name]
         interleave([*dense.values(), *calls], self.plan.repeats, self.plan.enough)
 
-    def prefill(self, length: int, phases: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def prefill(self, length: int, phases: Sequence[str]) -> Rows:
         """Rows of prefill and of its selection."""
         plan = self.plan
         q, k, v = plan.random(self.dtype, length, length)
@@ -205,10 +205,11 @@ class Bench:
         once = dict.fromkeys(plan.settings, 1)
         taken = {name: median(call.seconds) for name, call in searches.items()}
         measured = MeasuredRuns(latency.PREFILL, length, calls, dense, once, tokens=length)
-        yield from self.rows(measured, plan.settings, taken)
+        rows = self.rows(measured, plan.settings, taken)
         if SELECTION in phases:
             measured = MeasuredRuns(SELECTION, length, searches, {}, once, tokens=length)
-            yield from self.rows(measured, plan.settings, taken)
+            rows += self.rows(measured, plan.settings, taken)
+        return rows
 
     def backward(self, length: int) -> Rows:
         """Rows of the gradients alone; the forward pass before them is not timed."""
@@ -315,10 +316,8 @@ class Bench:
     def cell(self, kind: str, phases: Sequence[str], length: int) -> dict[str, Rows | list[str]]:
         """All rows of one of the `KINDS` at one length, and what has been refused so far."""
         with torch.no_grad():
-            if kind == "prefill":
-                rows = list(self.prefill(length, phases))
-            else:
-                rows = getattr(self, kind)(length)
+            given = (length, phases) if kind == "prefill" else (length,)
+            rows = getattr(self, kind)(*given)
         if self.clock.cuda:
             torch.cuda.empty_cache()
         return {"rows": rows, "refused": list(self.refused)}

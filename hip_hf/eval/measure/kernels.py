@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hip_hf.backends.triton import trust
+from hip_hf.eval.reporting.report import grouped
 from hip_hf.eval.reporting.resumable import Resumable, Rows
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
@@ -95,9 +97,6 @@ def compiled_before(output: Path | None, version: str) -> dict[Key, dict[str, An
 def summary(rows: Iterable[dict[str, Any]]) -> Rows:
     """Of each kernel and target the most that it spends, over head dims and dtypes; shared memory
     in KB."""
-    found: dict[tuple[str, str], Rows] = {}
-    for row in rows:
-        found.setdefault((row["kernel"], row["target"]), []).append(row)
     return [
         dict(
             kernel=kernel,
@@ -109,5 +108,5 @@ def summary(rows: Iterable[dict[str, Any]]) -> Rows:
             path=" | ".join(dict.fromkeys(row["path"] for row in some if row["path"])),
             problem="; ".join(dict.fromkeys(row["problem"] for row in some if row["problem"])),
         )
-        for (kernel, target), some in found.items()
+        for (kernel, target), some in grouped(rows, itemgetter("kernel", "target")).items()
     ]

@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import Any
 
 from hip_hf.eval.reporting.plots import drawing, short
-from hip_hf.eval.reporting.report import AT
+from hip_hf.eval.reporting.report import AT, grouped
 
 LATENCY_TITLE = "latency: "
 LONGCTX_PERPLEXITY = "hip_perplexity"
@@ -75,8 +75,8 @@ def draw_passkey(document: Record, file: Path) -> None:
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(depths)), depths)
         axis.set_yticks(range(len(lines)), labels)
-        axis.set_xlabel("depth of the pass key (0: beginning of the document)")
-        axis.set_ylabel("settings, length in tokens")
+        across = "depth of the pass key (0: beginning of the document)"
+        axis.set(xlabel=across, ylabel="settings, length in tokens")
         for y, values in enumerate(grid):
             for x, value in enumerate(values):
                 axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
@@ -86,9 +86,8 @@ def draw_passkey(document: Record, file: Path) -> None:
 def draw_needles(document: Record, file: Path) -> None:
     """Digits right against density: a line over the budgets for each setting, length and document;
     dense attention is a level."""
-    lines: dict[tuple[str, int, str], list[Record]] = {}
-    for row in document["rows"]:
-        lines.setdefault((setting_of(row), row["length"], row["document"]), []).append(row)
+    rows = document["rows"]
+    lines = grouped(rows, lambda row: (setting_of(row), row["length"], row["document"]))
     with drawing(file, (8, 4.8), title=document["title"]) as (_, ((axis,),)):
         for i, ((name, length, text), own) in enumerate(lines.items()):
             style = dict(color=f"C{i % 10}", label=fill(f"{name}, {short(length)}, {text}", 44))
@@ -108,8 +107,8 @@ def draw_perplexity(document: Record, file: Path) -> None:
     parts = [row for row in rows if (row["from"], row["to"]) != (0, whole)] or rows
     ranges = sorted(set(different(parts, "from", "to")))
     with drawing(file, (8, 4.4), title=document["title"]) as (_, ((axis,),)):
-        for name in different(parts, "settings"):
-            own = {(row["from"], row["to"]): row for row in parts if row["settings"] == name}
+        for name, mine in grouped(parts, itemgetter("settings")).items():
+            own = {(row["from"], row["to"]): row for row in mine}
             heights = [own[span]["perplexity"] for span in ranges]
             bars = []
             for side in ("low", "high"):
@@ -119,8 +118,8 @@ def draw_perplexity(document: Record, file: Path) -> None:
             axis.errorbar(range(len(ranges)), heights, yerr=bars, **style)
         words = [f"{short(start)} to {short(end)}" for start, end in ranges]
         axis.set_xticks(range(len(ranges)), words)
-        axis.set_xlabel("position in the text (tokens)")
-        axis.set_ylabel("perplexity, with the 95 % interval")
+        height = "perplexity, with the 95 % interval"
+        axis.set(xlabel="position in the text (tokens)", ylabel=height)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
 
@@ -130,8 +129,7 @@ def draw_fidelity(document: Record, file: Path) -> None:
     first length are drawn, `mass by layer` of the smallest budget."""
     rows = [row for row in document["rows"] if row["keys"] == document["rows"][0]["keys"]]
     with drawing(file, (13, 5.2), 1, 2, document["title"], 150) as (_, ((left, right),)):
-        for i, name in enumerate(dict.fromkeys(map(setting_of, rows))):
-            own = [row for row in rows if setting_of(row) == name]
+        for i, (name, own) in enumerate(grouped(rows, setting_of).items()):
             style = {**style_of(i), "label": name}
             whole = [row for row in own if row["layer"] == "all"]
             least = min(whole, key=lambda row: row["keys_read"])["settings"]
@@ -180,8 +178,7 @@ def draw_memory(document: Record, file: Path) -> None:
     rows = document["rows"]
     with drawing(file, (10, 4), 1, 2) as (_, (axes,)):
         for axis, name in zip(axes, ("peak_MiB", "device_MiB"), strict=True):
-            for kind in different(rows, "cache"):
-                own = [row for row in rows if row["cache"] == kind]
+            for kind, own in grouped(rows, itemgetter("cache")).items():
                 line(axis, [(row["length"], row[name]) for row in own], label=kind)
             by_length(axis, {row["length"] for row in rows}, name.replace("_", " memory, "))
 
@@ -191,15 +188,14 @@ def draw_compare(document: Record, file: Path) -> None:
     keys are not counted."""
     rows = document["rows"]
     panels = [name for name in COMPARED if any(row.get(name) is not None for row in rows)]
-    names = list(dict.fromkeys(map(setting_of, rows)))
+    settings = grouped(rows, setting_of)
     counted = any(row.get("keys_read") is not None for row in rows)
-    size = (5.2 * len(panels), 4.4 + 0.05 * len(names))
+    size = (5.2 * len(panels), 4.4 + 0.05 * len(settings))
     width = 70 * len(panels)
     with drawing(file, size, 1, len(panels), document["title"], width) as (figure, (axes,)):
         for axis, panel in zip(axes, panels, strict=True):
-            for i, name in enumerate(names):
-                own = [row for row in rows if setting_of(row) == name]
-                own = [row for row in own if row.get(panel) is not None]
+            for i, (name, mine) in enumerate(settings.items()):
+                own = [row for row in mine if row.get(panel) is not None]
                 style = {**style_of(i), "label": fill(name, 44)}
                 places = [row.get("keys_read") if counted else i for row in own]
                 if own and None in places:  # dense: a level to compare with
@@ -252,17 +248,15 @@ def draw_serving(document: Record, file: Path) -> None:
     panels for each length of prompts, both figures by the number of clients, a line for each
     attention."""
     rows = document["rows"]
-    lengths = different(rows, "tokens")
+    lengths = grouped(rows, itemgetter("tokens"))
     size = (4.5 * len(SERVED), 0.6 + 2.8 * len(lengths))
     with drawing(file, size, len(lengths), len(SERVED), document["title"]) as (_, axes):
         for length, own in zip(lengths, axes, strict=True):
             for axis, (column, words) in zip(own, SERVED.items(), strict=True):
-                for name in different(rows, "attention"):
-                    mine = [row for row in rows if row["tokens"] == length]
-                    mine = [row for row in mine if row["attention"] == name]
+                for name, mine in grouped(lengths[length], itemgetter("attention")).items():
                     line(axis, [(row["clients"], row[column]) for row in mine], label=name)
-                axis.set(title=f"prompts of {short(length)} tokens", ylabel=words)
-                axis.set_xlabel("clients at once")
+                title = f"prompts of {short(length)} tokens"
+                axis.set(title=title, xlabel="clients at once", ylabel=words)
                 axis.set_xticks(sorted({row["clients"] for row in rows}))
                 axis.set_ylim(bottom=0)
                 axis.grid(alpha=0.3)
