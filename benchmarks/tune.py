@@ -30,8 +30,8 @@ from hip_hf.backends.triton.compile.launches.attention import (
     key_launches,
     prefill_launches,
     query_launches,
+    square_launches,
 )
-from hip_hf.backends.triton.compile.launches.hyper import square_launches
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import (
     SearchTile,
@@ -141,7 +141,7 @@ def present(kernel: str, target: str, dim: int, dtype: torch.dtype) -> Tile | Se
         x.q.shape[1] // x.kv.heads,
         dim,
         dtype,
-        x.reads.block_q,
+        x.part.reads.block_q,
         TOKENS,
         target,
         "decode" in kernel,
@@ -166,23 +166,24 @@ def candidates(kernel: str, target: str, dim: int) -> list[Tile] | list[SearchTi
 def selecting(kernel: str, x: Example, tiles: list[Any]) -> list[Callable[[], None]]:
     """Calls of a part of the selection with each of the launches; a step's selects anew each
     time."""
-    config, stateful = HiPConfig(), x.reads.block_q == 1
+    config, sequences, block_q = HiPConfig(), x.part.sequences, x.part.reads.block_q
+    stateful = block_q == 1
     if kernel == "votes":
         near, need = (x.q.new_empty(1, *x.q.shape[1:3], dtype=torch.float32) for _ in range(2))
-        call = (x.q, x.kv, x.sequences, config, x.logits, x.reads.block_q, None, near, need)
+        call = (x.q, x.kv, sequences, config, x.logits, block_q, None, near, need)
         launches = [need_arguments(*call, shape=tile) for tile in tiles]
         return [partial(need_kernel[grid], **arguments) for grid, arguments in launches]
     pyramid = KeyPyramid.empty(
-        config, 1, x.kv.heads, x.q.shape[-1], x.sequences.max_keys, x.q.dtype, x.q.device
+        config, 1, x.kv.heads, x.q.shape[-1], sequences.max_keys, x.q.dtype, x.q.device
     )
-    pyramid.extend(x.kv, x.sequences, x.reads.block_q, append=False)
-    blocks = x.sequences.blocks(x.reads.block_q)
+    pyramid.extend(x.kv, sequences, block_q, append=False)
+    blocks = sequences.blocks(block_q)
     into = SelectionBuffers.empty(config, 1, x.kv.heads, blocks, x.q.device, keep=stateful)
 
     def call_select(tile: SearchTile) -> None:
         if into.made is not None:
             into.made.fill_(SelectionBuffers.NEVER)
-        select(x.q, pyramid.table, x.kv, x.sequences, config, x.logits, x.reads.block_q, into, tile)
+        select(x.q, pyramid.table, x.kv, sequences, config, x.logits, block_q, into, tile)
 
     return [partial(call_select, tile) for tile in tiles]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -128,17 +128,8 @@ def steps_of(config: HiPConfig) -> int:
     return steps if isinstance(steps, int) else steps[0]
 
 
-class MakeExecutor(Protocol):
-    """What makes the executor of a call."""
-
-    def __call__(
-        self,
-        problem: AttentionProblem,
-        config: HiPConfig,
-        out: Tensor,
-        lse: Tensor | None,
-        need_mask: bool,
-    ) -> Executor: ...
+# What makes the executor of a call, from the fields of `Executor`.
+MakeExecutor = Callable[[AttentionProblem, "HiPConfig", Tensor, Tensor | None, bool], Executor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,7 +107,7 @@ from hip_hf.backends.triton.common.tuning import tile_of
 
 target, block_k = sys.argv[1], int(sys.argv[2])
 x = example(128, torch.bfloat16)
-x = replace(x, reads=replace(x.reads, block_k=block_k))
+x = replace(x, part=replace(x.part, reads=replace(x.part.reads, block_k=block_k)))
 tile = tile_of("backward keys", target, 128, 128, torch.bfloat16)
 launches = attention.key_launches(x, tile)
 print(*[budget.spend(one, target, 128, torch.bfloat16).problem for one in launches], sep="|")

@@ -11,7 +11,7 @@ output and log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,9 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_hf.backends.hyper import HyperCall
-from hip_hf.backends.triton.attention.operands import GridAndArguments, Operands, Part
+from hip_hf.backends.triton.attention.operands import GridAndArguments, Part
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
@@ -34,7 +33,7 @@ from hip_hf.backends.triton.common.tuning import (
     target_of,
     tile_of,
 )
-from hip_hf.backends.triton.dense import dense_rows, sequences_of
+from hip_hf.backends.triton.dense import dense_rows, operands, sequences_of
 from hip_hf.geometry import Span
 from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile_square
 from hip_hf.state import DecodeState
@@ -319,23 +318,21 @@ class HyperAttention(HyperCall):
     def run(self, state: DecodeState | None) -> None:
         problem, spans = self.problem, self.problem.spans
         self.note(state)
-        kv = KeyValues(problem.k, problem.v)
-        logits = Logits(problem.scale, problem.softcap, None, problem.sinks)
         # rows are merged level after level, so they are kept in fp32 meanwhile
         out = self.out if self.out.dtype == torch.float32 else self.out.to(torch.float32)
         lse = self.lse
         if lse is None:
             lse = torch.full(out.shape[:3], -torch.inf, device=out.device)
-        leaves = Part(sequences_of(tuple(self._leaves(spans)), out.device), dense_reads())
-        prefill(Operands(problem.q, kv, logits, out, lse), leaves)
+        # a sliding window there may be, of all keys at least
+        x = operands(replace(problem, sliding_window=None), out, lse)
+        prefill(x, Part(sequences_of(tuple(self._leaves(spans)), out.device), dense_reads()))
         for span in spans:
-            self._squares(span, out, lse, logits)
+            self._squares(span, out, lse, x.logits)
         if out is not self.out:
             self.out.copy_(out)
         tails = [self.tail(span) for span in spans]
         if any(tail < span.rows for tail, span in zip(tails, spans, strict=True)):
-            x = Operands(problem.q, kv, logits, self.out, self.lse)
-            dense_rows(x, spans, tails, problem.longest)
+            dense_rows(replace(x, out=self.out, lse=self.lse), spans, tails, problem.longest)
 
     def _leaves(self, spans: Sequence[Span]) -> Iterator[Span]:
         """The exact parts of all spans, as short prompts."""

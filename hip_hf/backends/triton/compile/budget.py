@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,37 +82,24 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name.removeprefix("sm")), 32)
 
 
-class StandIn:
+def stand_in(name: str) -> SimpleNamespace:
     """As much of a Triton driver as compiling asks for."""
-
-    def __init__(self, name: str) -> None:
-        self.target = gpu_target(name)
-        self.index = list(SHARED).index(name)  # one cache of compiled kernels per target
-        self.utils = self
-        sizes = dict(max_shared_mem=SHARED[name] * KILOBYTE, max_num_regs=65536)
-        self.properties = sizes | dict(multiprocessor_count=1, warpSize=self.target.warp_size)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return the properties of a GPU that compiling asks for."""
-        return self.properties
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.index
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    target, index = gpu_target(name), list(SHARED).index(name)  # one cache of kernels per target
+    sizes = dict(max_shared_mem=SHARED[name] * KILOBYTE, max_num_regs=65536)
+    properties = sizes | dict(multiprocessor_count=1, warpSize=target.warp_size)
+    return SimpleNamespace(
+        utils=SimpleNamespace(get_device_properties=lambda device: properties),
+        get_current_target=lambda: target,
+        get_current_device=lambda: index,
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 @contextlib.contextmanager
 def compiling_for(name: str) -> Iterator[None]:
     """Triton compiles for target `name` meanwhile."""
-    driver.set_active(StandIn(name))
+    driver.set_active(stand_in(name))
     try:
         yield
     finally:

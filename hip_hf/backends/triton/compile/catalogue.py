@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from hip_hf.backends.triton.compile.launch import Launch
-from hip_hf.backends.triton.compile.launches import attention, hyper, pyramid, selection
+from hip_hf.backends.triton.compile.launches import attention, selection
 
-MODULES = (pyramid, selection, attention, hyper)
+MODULES = (selection, attention)
 
 
 def launches_of(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:

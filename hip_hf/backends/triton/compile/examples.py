@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
@@ -16,18 +17,13 @@ from hip_hf.rope import Positions, Rope
 QUERY_HEADS, KEY_HEADS, PAGE_SIZE = 32, 8, 256
 
 
-@dataclass(frozen=True)
-class Example:
+@dataclass(kw_only=True)
+class Example(Operands):
     """On the device `meta`, shapes and strides without memory; elsewhere random tensors and
-    selections. `suffix` tells paged calls apart."""
+    selections. `part`: all of its rows. `suffix` tells paged calls apart."""
 
-    q: torch.Tensor
-    kv: KeyValues
-    sequences: Sequences
-    reads: Reads
-    logits: Logits
-    out: torch.Tensor
     lse: torch.Tensor
+    part: Part
     suffix: str
 
 
@@ -77,7 +73,8 @@ def example(
     q, out = random(1, QUERY_HEADS, rows, dim), random(1, QUERY_HEADS, rows, dim)
     lse = torch.zeros(1, QUERY_HEADS, rows, device=device)
     suffix = ", all features" if paged else ""
-    return Example(q, kv, Sequences(numbers, rows, tokens), reads, logits, out, lse, suffix)
+    part = Part(Sequences(numbers, rows, tokens), reads)
+    return Example(q=q, kv=kv, logits=logits, out=out, lse=lse, part=part, suffix=suffix)
 
 
 def example_positions(dim: int) -> Positions:

@@ -1,4 +1,4 @@
-"""Launches of the kernels that select key blocks: votes, and the tree search."""
+"""Launches of the kernels that select key blocks: the pyramid, votes, and the tree search."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from hip_hf.backends.triton.compile.examples import (
     with_extension,
 )
 from hip_hf.backends.triton.compile.launch import Launch, Pointer
+from hip_hf.backends.triton.pyramid.pyramid import pyramid_constants
+from hip_hf.backends.triton.pyramid.summaries import append_kernel, tiles_kernel
 from hip_hf.backends.triton.selection.choose import choose_kernel
 from hip_hf.backends.triton.selection.search import (
     MOST_LOOKS,
@@ -33,11 +35,12 @@ from hip_hf.config import HiPConfig
 
 
 def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
-    """What `hip-hf kernels` compiles of the selection: the votes of a prompt, what the rows of a
-    decode step find near, and the tree search."""
+    """What `hip-hf kernels` compiles of the selection: the pyramid, the votes of a prompt, what the
+    rows of a decode step find near, and the tree search."""
     prompt, step = example(dim, dtype), example(dim, dtype, rows=1, block_q=1)
     paged, paged_step = example(dim, dtype, True), example(dim, dtype, True, rows=1, block_q=1)
     return [
+        *pyramid_launches(dim, dtype),
         *vote_launches(prompt, target),
         *vote_launches(paged, target)[:1],
         *vote_launches(with_extension(prompt), target),
@@ -48,15 +51,37 @@ def launches(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
     ]
 
 
+def pyramid_launches(dim: int, dtype: torch.dtype) -> list[Launch]:
+    """The kernels that build the pyramid of the default settings, in prefill and in decode."""
+    config = HiPConfig()
+    given: dict[str, Any] = dict.fromkeys(("table", "k"), Pointer(dtype))
+    given |= dict(states=Pointer(torch.float32))
+    given |= dict.fromkeys(("built", "block_table", "sequences"), Pointer(torch.int32))
+    strides = ("sequence", "head", "state_sequence", "state_head", "kb", "kh", "kt", "table")
+    given |= {f"stride_{name}": 1024 * dim for name in strides}
+    given |= dict(stride_field=1, window=config.window, weight=0.5)
+    prompt = pyramid_constants(config, dim, config.block_q, append=False)
+    step = pyramid_constants(config, dim, 1, append=True)
+    return [
+        Launch(f"pyramid, {config.representative}, {name}", kernel, given | fixed)
+        for name, kernel, fixed in (
+            ("tiles", tiles_kernel, prompt | dict(PAGE_SIZE=0)),
+            ("append", append_kernel, step | dict(PAGE_SIZE=256, BUILD=True)),
+            ("merge", append_kernel, prompt | dict(PAGE_SIZE=0, BUILD=False)),
+        )
+    ]
+
+
 def vote_launches(x: Example, target: str) -> list[Launch]:
     """Launches of `need_kernel` and `vote_kernel` for a call like `x`, with the default
     settings."""
-    config, decode = HiPConfig(), x.reads.block_q == 1
-    voting = Voting.of(config, x.q.shape[1] // x.kv.heads, x.reads.block_q, True)
-    made = x.sequences.table if decode else None
-    call = (config, x.logits, x.reads.block_q, made, x.lse, x.lse)
-    grid, need = need_arguments(x.q, x.kv, x.sequences, *call, target=target)
-    vote_grid, vote = vote_arguments(x.q, voting, x.sequences, *call, x.q, x.lse)
+    config, sequences, block_q = HiPConfig(), x.part.sequences, x.part.reads.block_q
+    decode = block_q == 1
+    voting = Voting.of(config, x.q.shape[1] // x.kv.heads, block_q, True)
+    made = sequences.table if decode else None
+    call = (config, x.logits, block_q, made, x.lse, x.lse)
+    grid, need = need_arguments(x.q, x.kv, sequences, *call, target=target)
+    vote_grid, vote = vote_arguments(x.q, voting, sequences, *call, x.q, x.lse)
     suffix = f"{', decode' if decode else ''}{x.suffix}"
     return [
         Launch(f"select, need{suffix}", need_kernel, need, not decode, grid),
