@@ -23,15 +23,15 @@ import torch
 
 from hip_hf.backends.triton.common.tuning import Tile, target_of, tile_of
 from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.compile.examples import Example, example, with_extension
-from hip_hf.backends.triton.compile.launch import Launch
-from hip_hf.backends.triton.compile.launches.attention import (
+from hip_hf.backends.triton.compile.catalogue import (
     decode_launches,
     key_launches,
     prefill_launches,
     query_launches,
     square_launches,
 )
+from hip_hf.backends.triton.compile.examples import Example, example, with_extension
+from hip_hf.backends.triton.compile.launch import Launch
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import (
     SearchTile,

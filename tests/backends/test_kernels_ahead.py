@@ -148,10 +148,10 @@ def test_two_stages_that_load_nothing_ahead_are_found(tmp_path: Path) -> None:
 
 PREFILL = """
 import torch
-from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.compile.launches import attention
+from hip_hf.backends.triton.compile import budget, catalogue
 
-(launch,) = [x for x in attention.launches(64, torch.bfloat16, "sm90") if x.name == "prefill"]
+launches = catalogue.launches_of(64, torch.bfloat16, "sm90")
+(launch,) = [x for x in launches if x.name == "prefill"]
 row = budget.spend(launch, "sm90", 64, torch.bfloat16)
 print(row.problem, row.path, row.ahead, row.uncopied, row.per_wait > 1)
 """

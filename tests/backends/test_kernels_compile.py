@@ -79,12 +79,11 @@ WIDE = """
 import torch
 from unittest.mock import patch
 from hip_hf import config
-from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.compile.launches import selection
+from hip_hf.backends.triton.compile import budget, catalogue
 
 wide = config.HiPConfig(query_stride=1, beam=8, rescore=8)
-with patch.object(selection, "HiPConfig", lambda: wide):
-    launches = selection.launches_of_search(128, torch.bfloat16, "sm90")
+with patch.object(catalogue, "HiPConfig", lambda: wide):
+    launches = catalogue.launches_of_search(128, torch.bfloat16, "sm90")
 found = [(x.arguments["M"], budget.spend(x, "sm90", 128, torch.bfloat16).problem)
          for x in launches if x.name in ("select, prefill", "select, decode")]
 print(*found, sep="|")
@@ -100,16 +99,15 @@ LARGE_BLOCKS = """
 import sys
 from dataclasses import replace
 import torch
-from hip_hf.backends.triton.compile import budget
+from hip_hf.backends.triton.compile import budget, catalogue
 from hip_hf.backends.triton.compile.examples import example
-from hip_hf.backends.triton.compile.launches import attention
 from hip_hf.backends.triton.common.tuning import tile_of
 
 target, block_k = sys.argv[1], int(sys.argv[2])
 x = example(128, torch.bfloat16)
 x = replace(x, part=replace(x.part, reads=replace(x.part.reads, block_k=block_k)))
 tile = tile_of("backward keys", target, 128, 128, torch.bfloat16)
-launches = attention.key_launches(x, tile)
+launches = catalogue.key_launches(x, tile)
 print(*[budget.spend(one, target, 128, torch.bfloat16).problem for one in launches], sep="|")
 """
 
@@ -246,8 +244,7 @@ print(len(programs))
 LENGTHS = """
 from functools import partial
 import torch
-from hip_hf.backends.triton.compile import examples
-from hip_hf.backends.triton.compile.catalogue import MODULES
+from hip_hf.backends.triton.compile import catalogue, examples
 
 SETTINGS = ("sliding",)  # the example's window is as long as its prompt; a model's never changes
 # strides between sequences are not divisible by 16 thanks to the heads
@@ -257,16 +254,14 @@ def kinds(tokens):
     # what Triton makes a program of its own for: constants, and of other numbers whether they are 1
     # or divisible by 16
     found = {}
-    for module in MODULES:
-        if hasattr(module, "example"):
-            module.example = partial(examples.example, tokens=tokens)
-        for launch in module.launches(64, torch.bfloat16, "sm90"):
-            for parameter in launch.kernel.params:
-                value = launch.arguments.get(parameter.name)
-                free = parameter.do_not_specialize or parameter.name in SETTINGS
-                if isinstance(value, int) and not free:
-                    kind = value if parameter.is_constexpr or value == 1 else value % 16 == 0
-                    found[launch.kernel.fn.__name__, launch.name, parameter.name] = kind
+    catalogue.example = partial(examples.example, tokens=tokens)
+    for launch in catalogue.launches_of(64, torch.bfloat16, "sm90"):
+        for parameter in launch.kernel.params:
+            value = launch.arguments.get(parameter.name)
+            free = parameter.do_not_specialize or parameter.name in SETTINGS
+            if isinstance(value, int) and not free:
+                kind = value if parameter.is_constexpr or value == 1 else value % 16 == 0
+                found[launch.kernel.fn.__name__, launch.name, parameter.name] = kind
     return found
 
 before = kinds(4096)

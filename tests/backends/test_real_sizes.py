@@ -30,8 +30,8 @@ from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
+from hip_hf.backends.triton.compile.catalogue import hash_launch, square_launches
 from hip_hf.backends.triton.compile.examples import example
-from hip_hf.backends.triton.compile.launches.attention import hash_launch, square_launches
 from hip_hf.backends.triton.delta import spread_arguments, spread_kernel
 from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
