@@ -29,7 +29,7 @@ from torch.autograd import DeviceType
 
 from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.common.tuning import target_of
-from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.pyramid import KeyPyramid
 from hip_hf.backends.triton.sparse import ROOM
 from hip_hf.cli.inputs import load_to_measure
 from hip_hf.cli.presets import over_budgets

@@ -32,7 +32,7 @@ from hip_hf.backends.triton.compile.catalogue import (
 )
 from hip_hf.backends.triton.compile.examples import Example, example, with_extension
 from hip_hf.backends.triton.compile.launch import Launch
-from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import (
     SearchTile,
     SelectionBuffers,

@@ -20,10 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hip_hf import HiPConfig, hip_attention
 from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.attention.backward import gradients
-from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.checks import HYPER_SIZES
 from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits, Reads
+from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, Reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.geometry import Span
 from hip_hf.integration import decode_fast_path, layer_attention

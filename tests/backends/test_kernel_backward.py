@@ -19,8 +19,7 @@ from hip_hf.backends.triton.attention.backward import (
     attend_with_gradients,
     invert,
 )
-from hip_hf.backends.triton.attention.operands import Part
-from hip_hf.backends.triton.common.arguments import Logits, dense_reads
+from hip_hf.backends.triton.common.arguments import Logits, Part, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile
 from hip_hf.config import HiPConfig

@@ -14,9 +14,8 @@ from interpreter import DEVICE
 from kernel_cases import check, make_case, spans_of
 
 from hip_hf.backends.triton.attention.decode import decode, splits_for
-from hip_hf.backends.triton.attention.operands import Part
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.arguments import dense_reads
+from hip_hf.backends.triton.common.arguments import Part, dense_reads
 from hip_hf.geometry import QueryBlock, Span, make_query_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")

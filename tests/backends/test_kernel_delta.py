@@ -14,7 +14,7 @@ from kernel_cases import assert_half_precision, assert_same, call
 import hip_hf
 from hip_hf.backends.torch.delta import spread
 from hip_hf.backends.triton import delta
-from hip_hf.backends.triton.attention.operands import Operands, Part
+from hip_hf.backends.triton.common.arguments import Operands, Part
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.geometry import Span
 from hip_hf.state import DecodeState

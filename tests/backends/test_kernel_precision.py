@@ -18,7 +18,7 @@ from kernel_cases import check, make_case, spans_of
 from tensor_cores import BITS_OF_BF16, BITS_OF_TF32, Emulation, TensorCores, cut, product, rounded
 
 from hip_hf.backends.triton import hyper
-from hip_hf.backends.triton.attention import operands
+from hip_hf.backends.triton.common import arguments
 
 pytestmark = pytest.mark.kernels
 
@@ -50,7 +50,7 @@ def test_three_products_are_as_exact_as_in_pytorch(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_one_product_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels with plain TF32: each of the cases above would see it."""
-    for module in (operands, hyper):
+    for module in (arguments, hyper):
         monkeypatch.setattr(module, "precision_of", lambda _: "tf32")
     with pytest.raises(AssertionError, match="off by"):
         CASES[name]()

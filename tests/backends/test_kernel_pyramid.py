@@ -12,7 +12,7 @@ from interpreter import DEVICE
 
 from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.sequences import Sequences
-from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.pyramid import KeyPyramid
 from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.methods.base import selector_for

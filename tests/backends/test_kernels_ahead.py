@@ -14,7 +14,8 @@ KERNELS = """
 import sys
 import torch, triton, triton.language as tl
 from hip_hf.backends.triton.compile import budget
-from hip_hf.backends.triton.compile.launch import Launch, Pointer
+from hip_hf.backends.triton.compile.launch import Launch
+from triton.runtime.jit import MockTensor as Pointer
 
 @triton.jit
 def gathered(X, Y, IDS, OUT, steps, N: tl.constexpr, CARRIED: tl.constexpr):

@@ -24,16 +24,15 @@ from hip_hf.backends.triton.attention.backward import (
 )
 from hip_hf.backends.triton.attention.decode import DecodeScratch, decode
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.common import addressing
 from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits, Reads, dense_reads
+from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.backends.triton.compile.catalogue import hash_launch, square_launches
 from hip_hf.backends.triton.compile.examples import example
 from hip_hf.backends.triton.delta import spread_arguments, spread_kernel
-from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span

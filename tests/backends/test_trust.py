@@ -28,8 +28,8 @@ from hip_hf.attention import Result, attend
 from hip_hf.backends import choice
 from hip_hf.backends.triton import checks, dispatch, sparse, trust
 from hip_hf.backends.triton.attention import backward
-from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.checks import Found, Heads
+from hip_hf.backends.triton.common.arguments import Operands, Part
 from hip_hf.cache.offload import OffloadedStore
 from hip_hf.cache.pages import BlockTable, PagedTensor
 from hip_hf.eval.measure.doctor import SMALL_HEADS, SMALL_SETTINGS

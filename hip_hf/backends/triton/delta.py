@@ -17,9 +17,8 @@ from torch import Tensor
 
 from hip_hf.backends.delta import DeltaCall
 from hip_hf.backends.triton.attention.decode import decode_once
-from hip_hf.backends.triton.attention.operands import GridAndArguments, Part
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.arguments import dense_reads
+from hip_hf.backends.triton.common.arguments import GridAndArguments, Part, dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tuning import power_of_two
 from hip_hf.backends.triton.dense import operands, sequences_of

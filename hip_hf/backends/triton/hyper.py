@@ -21,18 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_hf.backends.hyper import HyperCall
-from hip_hf.backends.triton.attention.operands import GridAndArguments, Part
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.arguments import Logits, dense_reads
+from hip_hf.backends.triton.common.arguments import GridAndArguments, Logits, Part, dense_reads
 from hip_hf.backends.triton.common.sequences import GROWING
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, scaled
-from hip_hf.backends.triton.common.tuning import (
-    Tile,
-    power_of_two,
-    precision_of,
-    target_of,
-    tile_of,
-)
+from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, tile_for
 from hip_hf.backends.triton.dense import dense_rows, operands, sequences_of
 from hip_hf.geometry import Span
 from hip_hf.methods.hyper import Options, Square, projections, sampled_ranks, split, tile_square
@@ -307,7 +300,7 @@ def attend_squares(
     orders: tuple[Tensor, Tensor], level: Level, logits: Logits,
 ) -> None:  # fmt: skip
     """Merge the squares of a level into out and lse (`square_arguments` says their shapes)."""
-    shape = tile_of("hyper squares", target_of(q), q.shape[-1], v.shape[-1], q.dtype)
+    shape = tile_for("hyper squares", q, v.shape[-1])
     grid, arguments = square_arguments(q, k, v, out, lse, orders, level, logits, shape)
     square_kernel[grid](**arguments)
 

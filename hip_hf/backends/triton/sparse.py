@@ -12,12 +12,11 @@ from torch import Tensor
 from hip_hf.backends.base import BlockSparseCall, steps_of
 from hip_hf.backends.triton.attention.backward import attend_with_gradients
 from hip_hf.backends.triton.attention.decode import DecodeScratch, decode, decode_once, splits_for
-from hip_hf.backends.triton.attention.operands import Operands, Part
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.arguments import Reads, dense_reads
+from hip_hf.backends.triton.common.arguments import Operands, Part, Reads, dense_reads
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.dense import dense_rows, operands, sequences_of
-from hip_hf.backends.triton.pyramid.pyramid import KeyPyramid
+from hip_hf.backends.triton.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection import search
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.cache.pages import PagedTensor

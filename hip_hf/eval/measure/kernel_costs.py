@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hip_hf.backends.triton.common.arguments import dense_reads
-from hip_hf.backends.triton.pyramid.pyramid import TILE_LEVELS, vectors_per_summary
+from hip_hf.backends.triton.pyramid import TILE_LEVELS, vectors_per_summary
 from hip_hf.backends.triton.selection.search import looks_for, search_constants
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig

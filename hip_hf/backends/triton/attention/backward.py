@@ -18,17 +18,17 @@ from torch.autograd.function import once_differentiable
 
 from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.backends.triton.attention.operands import (
+from hip_hf.backends.triton.attention.prefill import prefill
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.arguments import (
     GridAndArguments,
+    Logits,
     Operands,
     Part,
     row_arguments,
     row_tiles,
     shared_arguments,
 )
-from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two
 from hip_hf.problem import by_tokens
 

@@ -16,19 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hip_hf.backends.triton.attention.operands import GridAndArguments, Operands, Part
 from hip_hf.backends.triton.attention.prefill import attend_kernel, call_arguments
-from hip_hf.backends.triton.common.arguments import rows_of_program
+from hip_hf.backends.triton.common.arguments import (
+    GridAndArguments,
+    Operands,
+    Part,
+    rows_of_program,
+)
 from hip_hf.backends.triton.common.sequences import GROWING, Sequences, load_sequence
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E
-from hip_hf.backends.triton.common.tuning import (
-    MOST_SPLITS,
-    Tile,
-    power_of_two,
-    processors,
-    target_of,
-    tile_of,
-)
+from hip_hf.backends.triton.common.tuning import Tile, power_of_two, processors, tile_for
+
+# Parts into which the keys of a row are split at most, a power of two: what one program of the
+# combine step takes.
+MOST_SPLITS = 64
 
 
 def kernel_of(block_q: int) -> str:
@@ -61,10 +62,8 @@ def splits_for(
     capacity of the cache). It is a power of two, enough to occupy the device, but no part is below
     one tile. q is `[B, Hq, Tq, D]`; `rows` are those of the longest sequence, in query blocks of
     `block_q`."""
-    tile = tile_of(kernel_of(block_q), target_of(q), q.shape[-1], q.shape[-1], q.dtype)
-    return splits_of(
-        tile, q.shape[1] // key_heads, sequences * key_heads, keys, rows, block_q, processors(q)
-    )
+    tile, group = tile_for(kernel_of(block_q), q, q.shape[-1]), q.shape[1] // key_heads
+    return splits_of(tile, group, sequences * key_heads, keys, rows, block_q, processors(q))
 
 
 def splits_of(

@@ -12,14 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.attention.operands import (
+from hip_hf.backends.triton.common.addressing import offsets_in, page_of
+from hip_hf.backends.triton.common.arguments import (
     GridAndArguments,
     Operands,
     Part,
     row_arguments,
     row_tiles,
 )
-from hip_hf.backends.triton.common.addressing import offsets_in, page_of
 from hip_hf.backends.triton.common.rotation import partner, queries_with_rope, rotate, rotation
 from hip_hf.backends.triton.common.sequences import (
     GROWING,

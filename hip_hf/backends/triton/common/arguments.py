@@ -1,17 +1,22 @@
-"""What the kernels are told about a call beside its tensors and sequences: what rows read, and how
-products become logits."""
+"""What the kernels are told of a call: its tensors, what rows read, how products become logits, and
+the arguments that several kernels take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from hip_hf.backends.triton.common.tuning import Tile, power_of_two
+from hip_hf.backends.triton.common.addressing import KeyValues
+from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, tile_for
 from hip_hf.rope import Positions
 
 # A window that reaches back to the first key of any sequence: dense attention.
 EVERYTHING = 2**30
+# A launch: its grid, and the kernel's arguments by name.
+GridAndArguments = tuple[tuple[int, int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,9 @@ class Reads:
     block_k: int
     sink: int
     window: int
-    indices: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
-    windows: torch.Tensor | None = None
+    indices: Tensor | None = None
+    counts: Tensor | None = None
+    windows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Logits:
     scale: float
     softcap: float | None = None
     sliding_window: int | None = None
-    sinks: torch.Tensor | None = None
+    sinks: Tensor | None = None
     positions: Positions | None = None
 
 
@@ -61,3 +66,70 @@ def rows_of_program(tile: Tile, group: int, block_q: int) -> int:
     times heads at least."""
     padded = power_of_two(group)
     return max(min(tile.rows // padded, power_of_two(block_q)), 16 // padded, 1)
+
+
+@dataclass
+class Operands:
+    """What attention is computed of, and where it is written.
+
+    q: `[B, Hq, Tq, D]`, any strides but 1 in the last; fp16, bf16 or fp32. kv: keys
+    `[B, Hkv, T, D]` and values `[B, Hkv, T, Dv]` of q's dtype, or pages of them. out:
+    `[B, Hq, Tq, Dv]`, q's dtype or fp32; rows outside every sequence are left as they are, as are
+    those of lse. lse: fp32 `[B, Hq, Tq]`, natural logarithm, sinks included.
+    """
+
+    q: Tensor
+    kv: KeyValues
+    logits: Logits
+    out: Tensor
+    lse: Tensor | None = None
+
+    def tile(self, kernel: str) -> Tile:
+        """The configuration of `kernel` (a name in the table of launches) for heads like these."""
+        return tile_for(configuration(kernel, self.logits), self.q, self.kv.v.shape[-1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a call, and what they read: those that select, or the dense ones after them."""
+
+    sequences: Sequences
+    reads: Reads
+
+
+def shared_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> dict[str, Any]:
+    """Arguments of all kernels that meet query rows with keys, forward and backward."""
+    q, kv, logits, reads, sequences = x.q, x.kv, x.logits, part.reads, part.sequences.table
+    lists = kv.heads if reads.indices is None else reads.indices.shape[1]
+    group, dim, dim_v = q.shape[1] // lists, q.shape[-1], kv.v.shape[-1]
+    return dict(
+        Q=q, K=kv.k, V=kv.v, SEQUENCES=sequences, stride_field=sequences.stride(0),
+        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride(), strict=False)),
+        **dict(zip(("stride_kb", "stride_kh", "stride_kt"), kv.strides(kv.k), strict=True)),
+        **dict(zip(("stride_vb", "stride_vh", "stride_vt"), kv.strides(kv.v), strict=True)),
+        lists=lists, sink_keys=reads.sink, window_keys=reads.window, dim=dim, dim_v=dim_v,
+        scale=logits.scale, softcap=logits.softcap or 1.0, sliding=logits.sliding_window or 0,
+        BLOCK_Q=reads.block_q, BLOCK_K=reads.block_k, BLOCK_N=tile.keys,
+        BLOCK_M=rows_of_program(tile, group, reads.block_q if stride == 1 else tile.rows),
+        GROUP=group, GROUP_PADDED=power_of_two(group), LISTS_PER_HEAD=lists // kv.heads,
+        D=max(16, power_of_two(dim)), DV=max(16, power_of_two(dim_v)),
+        SELECTED=reads.indices is not None, SOFTCAP=logits.softcap is not None,
+        SLIDING=logits.sliding_window is not None, PRECISION=precision_of(q),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def row_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> dict[str, Any]:
+    """Arguments of the kernels in which a tile of rows, at a `stride`, walks what it reads."""
+    shared, indices = shared_arguments(x, part, tile, stride), part.reads.indices
+    nothing = part.sequences.table  # stands for what is not read
+    shared["INDICES"] = nothing if indices is None else indices
+    shared["COUNTS"] = nothing if part.reads.counts is None else part.reads.counts
+    shared["blocks"], shared["most"] = (0, 0) if indices is None else indices.shape[2:]
+    shared["EVEN_HEADDIM"] = (shared["D"], shared["DV"]) == (shared["dim"], shared["dim_v"])
+    return shared
+
+
+def row_tiles(part: Part, rows: int) -> int:
+    """Tiles of `rows` query rows, in which the kernels walk the query blocks of a sequence."""
+    return part.sequences.blocks(part.reads.block_q) * -(-part.reads.block_q // rows)

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-# Parts into which the keys of a row are split at most, a power of two: what one program of the
-# combine step takes.
-MOST_SPLITS = 64
 # Streaming multiprocessors (compute units) assumed where there is no device to ask: an H200's.
 PROCESSORS = 132
 
@@ -79,6 +76,11 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
             tiles[name] = Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
     older = [name for name in tiles if _age(name) <= _age(target)]
     return tiles[max(older, key=_age)] if older else min(tiles.values(), key=lambda tile: tile.held)
+
+
+def tile_for(kernel: str, q: torch.Tensor, dim_v: int, target: str | None = None) -> Tile:
+    """`tile_of` for queries like q `[..., D]` on their device, or on `target` if one is given."""
+    return tile_of(kernel, target or target_of(q), q.shape[-1], dim_v, q.dtype)
 
 
 def precision_of(x: torch.Tensor) -> str:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from triton.runtime.jit import MockTensor
 
-from hip_hf.backends.triton import delta, hyper
+from hip_hf.backends.triton import delta, hyper, pyramid
 from hip_hf.backends.triton.attention import backward, decode, gradients, prefill
-from hip_hf.backends.triton.attention.operands import Operands, Part
-from hip_hf.backends.triton.common.arguments import dense_reads
+from hip_hf.backends.triton.common.arguments import Operands, Part, dense_reads
 from hip_hf.backends.triton.common.tuning import Tile, full_precision, tile_of
 from hip_hf.backends.triton.compile.examples import (
     Example,
@@ -20,8 +20,7 @@ from hip_hf.backends.triton.compile.examples import (
     example_positions,
     with_extension,
 )
-from hip_hf.backends.triton.compile.launch import Launch, Pointer
-from hip_hf.backends.triton.pyramid import pyramid, summaries
+from hip_hf.backends.triton.compile.launch import Launch
 from hip_hf.backends.triton.selection import choose, search, select, votes
 from hip_hf.backends.triton.selection.voting import Voting
 from hip_hf.config import HiPConfig
@@ -67,9 +66,9 @@ def launches_of(dim: int, dtype: torch.dtype, target: str) -> list[Launch]:
 def pyramid_launches(dim: int, dtype: torch.dtype) -> list[Launch]:
     """The kernels that build the pyramid of the default settings, in prefill and in decode."""
     config = HiPConfig()
-    given: dict[str, Any] = dict.fromkeys(("table", "k"), Pointer(dtype))
-    given |= dict(states=Pointer(torch.float32))
-    given |= dict.fromkeys(("built", "block_table", "sequences"), Pointer(torch.int32))
+    given: dict[str, Any] = dict.fromkeys(("table", "k"), MockTensor(dtype))
+    given |= dict(states=MockTensor(torch.float32))
+    given |= dict.fromkeys(("built", "block_table", "sequences"), MockTensor(torch.int32))
     strides = ("sequence", "head", "state_sequence", "state_head", "kb", "kh", "kt", "table")
     given |= {f"stride_{name}": 1024 * dim for name in strides}
     given |= dict(stride_field=1, window=config.window, weight=0.5)
@@ -78,9 +77,9 @@ def pyramid_launches(dim: int, dtype: torch.dtype) -> list[Launch]:
     return [
         Launch(f"pyramid, {config.representative}, {name}", kernel, given | fixed)
         for name, kernel, fixed in (
-            ("tiles", summaries.tiles_kernel, prompt | dict(PAGE_SIZE=0)),
-            ("append", summaries.append_kernel, step | dict(PAGE_SIZE=256, BUILD=True)),
-            ("merge", summaries.append_kernel, prompt | dict(PAGE_SIZE=0, BUILD=False)),
+            ("tiles", pyramid.tiles_kernel, prompt | dict(PAGE_SIZE=0)),
+            ("append", pyramid.append_kernel, step | dict(PAGE_SIZE=256, BUILD=True)),
+            ("merge", pyramid.append_kernel, prompt | dict(PAGE_SIZE=0, BUILD=False)),
         )
     ]
 
@@ -106,10 +105,10 @@ def launches_of_search(dim: int, dtype: torch.dtype, target: str) -> list[Launch
     """The search of the default settings in prefill and in decode, with 4 query heads per key head;
     in prefill also with 8, which fill a tile of rows, in decode also shared by several programs."""
     config, found = HiPConfig(), []
-    given: dict[str, Any] = dict.fromkeys(("q", "table", "k"), Pointer(dtype))
-    given |= dict.fromkeys(("scratch", "near"), Pointer(torch.float32))
+    given: dict[str, Any] = dict.fromkeys(("q", "table", "k"), MockTensor(dtype))
+    given |= dict.fromkeys(("scratch", "near"), MockTensor(torch.float32))
     integers = ("block_table", "sequences", "indices", "counts", "windows", "made", "listed")
-    given |= dict.fromkeys(integers, Pointer(torch.int32))
+    given |= dict.fromkeys(integers, MockTensor(torch.int32))
     given |= dict(
         stride_qb=32 * 4096 * dim, stride_qh=4096 * dim, stride_qt=dim, stride_kb=8 * 4096 * dim,
         stride_kh=4096 * dim, stride_kt=dim, stride_table=256, stride_field=1,

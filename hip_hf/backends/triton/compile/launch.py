@@ -9,30 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.runtime.jit import MockTensor
 
 from hip_hf.backends.triton.compile.digest import code_digest, name_of
 
 
 @dataclass(frozen=True)
-class Pointer:
-    """Stands for a tensor of `dtype` where nothing is launched; 16-byte aligned, as torch's
-    allocator gives."""
-
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        """Return an address that is aligned to 16 bytes."""
-        return 0
-
-    def ptr_range(self) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
 class Launch:
     """One compilation: `kernel` (a `triton.jit` function) with `arguments` by name, as at its
-    launch: tensors or `Pointer`s, numbers as they are (divisibility by 16 is specialised),
-    constexprs, `num_warps`, `num_stages`.
+    launch: tensors or `MockTensor`s, which are aligned to 16 bytes as those of torch's allocator;
+    numbers as they are (divisibility by 16 is specialised), constexprs, `num_warps`, `num_stages`.
 
     `tensor_cores`: whether it must use matrix instructions. `grid`: where it can be launched as
     well.
@@ -45,9 +31,9 @@ class Launch:
     grid: tuple[int, ...] | None = None
 
     def stand_ins(self) -> dict[str, Any]:
-        """The arguments with `Pointer`s for tensors."""
+        """The arguments with `MockTensor`s for tensors."""
         return {
-            name: Pointer(x.dtype) if isinstance(x, torch.Tensor) else x
+            name: MockTensor(x.dtype) if isinstance(x, torch.Tensor) else x
             for name, x in self.arguments.items()
         }
 

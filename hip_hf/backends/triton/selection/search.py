@@ -13,7 +13,7 @@ from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.rotation import rotation
 from hip_hf.backends.triton.common.sequences import Sequences
 from hip_hf.backends.triton.common.tuning import power_of_two, processors, target_of
-from hip_hf.backends.triton.pyramid.pyramid import vectors_per_summary
+from hip_hf.backends.triton.pyramid import vectors_per_summary
 from hip_hf.backends.triton.selection.choose import choose_kernel
 from hip_hf.backends.triton.selection.select import NEVER, select_kernel
 from hip_hf.backends.triton.selection.topk import tile

@@ -22,7 +22,7 @@ from hip_hf.backends.triton.common.sequences import (
     still_serves,
     window_start,
 )
-from hip_hf.backends.triton.pyramid.summaries import chunk_rows
+from hip_hf.backends.triton.pyramid import chunk_rows
 from hip_hf.backends.triton.selection.scoring import (
     block_masses,
     chunk_logits,

@@ -31,13 +31,7 @@ from hip_hf.backends.triton.common.sequences import (
     window_start,
 )
 from hip_hf.backends.triton.common.tiles import LN2, LOG2E, add_logits, key_logits
-from hip_hf.backends.triton.common.tuning import (
-    Tile,
-    power_of_two,
-    precision_of,
-    target_of,
-    tile_of,
-)
+from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, tile_for
 from hip_hf.backends.triton.selection.topk import ABSENT, keep_best, kept_of, sort_keys, tile
 from hip_hf.backends.triton.selection.voting import Voting, count_asked, count_votes, count_walkers
 from hip_hf.methods import need as by_need
@@ -329,7 +323,7 @@ def need_arguments(
     voting = Voting.of(config, group, block_q, logits.positions is not None)
     # attention's tiles, which hold values besides
     kernel = configuration("decode" if block_q == 1 else "prefill", logits)
-    shape = shape or tile_of(kernel, target or target_of(q), dim, dim, q.dtype)
+    shape = shape or tile_for(kernel, q, dim, target)
     if logits.positions is not None:
         # queries are rotated three times, keys as well: what waits to be used must be little
         shape = replace(shape, keys=max(FEWEST_KEYS, shape.keys // 2), stages=1)
