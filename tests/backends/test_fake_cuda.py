@@ -21,9 +21,8 @@ from hip_hf import HiPConfig, hip_attention
 from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.attention.backward import gradients
 from hip_hf.backends.triton.checks import HYPER_SIZES
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, Reads
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.geometry import Span
 from hip_hf.integration import decode_fast_path, layer_attention
 from hip_hf.rope import Positions, Rope

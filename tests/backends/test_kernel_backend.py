@@ -197,9 +197,8 @@ def test_auto_takes_the_kernels_on_a_gpu_and_says_when_it_cannot() -> None:
 def test_a_captured_step_serves_a_growing_sequence() -> None:
     """One graph, replayed while only numbers on the device change, gives what step after step
     gives."""
-    from hip_hf.backends.triton.common.addressing import KeyValues
     from hip_hf.backends.triton.common.arguments import Logits, Operands
-    from hip_hf.backends.triton.common.sequences import Sequences
+    from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
     from hip_hf.backends.triton.sparse import DeviceState, decode_step
     from hip_hf.geometry import Span
 

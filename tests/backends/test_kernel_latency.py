@@ -26,9 +26,8 @@ from triton.runtime.interpreter import GridExecutor
 from hip_hf.backends.triton.attention import prefill
 from hip_hf.backends.triton.attention.backward import query_gradient_arguments
 from hip_hf.backends.triton.attention.decode import splits_for
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, dense_reads
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.common.tuning import processors, target_of
 from hip_hf.cli import latency as latency_command
 from hip_hf.cli.presets import sizes

@@ -10,8 +10,7 @@ import torch
 from helpers import small
 from interpreter import DEVICE
 
-from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.pyramid import KeyPyramid
 from hip_hf.config import REPRESENTATIVES, HiPConfig
 from hip_hf.geometry import Span

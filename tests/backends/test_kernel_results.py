@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hip_hf.backends.triton.compile.digest import code_digest
+from hip_hf.backends.triton.compile.launch import code_digest
 
 CODE = """
 import triton

@@ -24,10 +24,8 @@ from hip_hf.backends.triton.attention.backward import (
 )
 from hip_hf.backends.triton.attention.decode import DecodeScratch, decode
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
-from hip_hf.backends.triton.common import addressing
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, Reads, dense_reads
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences, offsets_in
 from hip_hf.backends.triton.common.tuning import Tile, tile_of
 from hip_hf.backends.triton.compile.catalogue import hash_launch, square_launches
 from hip_hf.backends.triton.compile.examples import example
@@ -255,7 +253,7 @@ def test_offsets_in_32_bits_are_found(
     with pytest.raises(interpreter.InterpreterError, match=said):
         prefill.prefill(x, part)
     sanitizer.found.clear()
-    monkeypatch.setattr(prefill, "offsets_in", addressing.offsets_in)
+    monkeypatch.setattr(prefill, "offsets_in", offsets_in)
     prefill.prefill(x, part)
 
 

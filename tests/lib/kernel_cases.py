@@ -15,9 +15,8 @@ from tensor_cores import Emulation, Reordered, TensorCores
 from hip_hf.attention import Result
 from hip_hf.backends.tensors import tensors_of
 from hip_hf.backends.torch.block_sparse import attend_blocks, attend_range
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, Reads
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.common.tuning import precision_of
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import QueryBlock, Span, query_blocks

@@ -10,9 +10,8 @@ import torch
 from helpers import make_qkv
 from interpreter import DEVICE
 
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.backends.triton.selection.votes import select_votes
 from hip_hf.backends.triton.selection.voting import Voting

@@ -12,9 +12,8 @@ from torch import Tensor
 from hip_hf.backends.triton.attention.backward import attend_with_gradients
 from hip_hf.backends.triton.attention.decode import DecodeScratch, decode, splits_for
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, dense_reads
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.cache.pages import PagedTensor
 from hip_hf.geometry import Span
 from hip_hf.problem import AttentionProblem

@@ -23,9 +23,8 @@ from hip_hf.backends.base import kind_of
 from hip_hf.backends.sdpa import grouped_sdpa
 from hip_hf.backends.triton import sparse, trust
 from hip_hf.backends.triton.attention.backward import Gradient, gradients
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, Reads, dense_reads
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.dispatch import run_by_kernels
 from hip_hf.backends.triton.pyramid import KeyPyramid
 from hip_hf.backends.triton.selection.search import SelectionBuffers

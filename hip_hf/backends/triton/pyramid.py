@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.addressing import KeyValues, token_offsets
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
+    KeyValues,
     Sequences,
     load_sequence,
+    token_offsets,
     window_start,
 )
 from hip_hf.backends.triton.common.tuning import power_of_two

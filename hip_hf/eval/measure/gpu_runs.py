@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from hip_hf.attention import Result
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.selection.search import SelectionBuffers, select
 from hip_hf.backends.triton.sparse import DeviceState, decode_step
 from hip_hf.config import HiPConfig

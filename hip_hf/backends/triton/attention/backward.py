@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from hip_hf.backends.triton import trust
 from hip_hf.backends.triton.attention.gradients import key_gradient_kernel, query_gradient_kernel
 from hip_hf.backends.triton.attention.prefill import prefill
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import (
     GridAndArguments,
     Logits,
@@ -29,6 +28,7 @@ from hip_hf.backends.triton.common.arguments import (
     row_tiles,
     shared_arguments,
 )
+from hip_hf.backends.triton.common.sequences import KeyValues
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two
 from hip_hf.problem import by_tokens
 

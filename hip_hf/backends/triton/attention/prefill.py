@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.addressing import offsets_in, page_of
 from hip_hf.backends.triton.common.arguments import (
     GridAndArguments,
     Operands,
@@ -25,6 +24,8 @@ from hip_hf.backends.triton.common.sequences import (
     GROWING,
     always_read,
     load_sequence,
+    offsets_in,
+    page_of,
     query_block,
     window_start,
 )

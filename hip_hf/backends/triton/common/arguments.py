@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hip_hf.backends.triton.common.addressing import KeyValues
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.common.tuning import Tile, power_of_two, precision_of, tile_for
 from hip_hf.rope import Positions
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.addressing import token_offsets
 from hip_hf.backends.triton.common.rotation import partner, rotate
+from hip_hf.backends.triton.common.sequences import token_offsets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

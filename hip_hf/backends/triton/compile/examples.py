@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, Operands, Part, Reads
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.config import HiPConfig
 from hip_hf.rope import Positions, Rope
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.addressing import offsets_in, page_of
 from hip_hf.backends.triton.common.rotation import partner, unrotate
+from hip_hf.backends.triton.common.sequences import offsets_in, page_of
 from hip_hf.backends.triton.common.tiles import scaled_with_slope
 
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits
 from hip_hf.backends.triton.common.rotation import rotation
-from hip_hf.backends.triton.common.sequences import Sequences
+from hip_hf.backends.triton.common.sequences import KeyValues, Sequences
 from hip_hf.backends.triton.common.tuning import power_of_two, processors, target_of
 from hip_hf.backends.triton.pyramid import vectors_per_summary
 from hip_hf.backends.triton.selection.choose import choose_kernel

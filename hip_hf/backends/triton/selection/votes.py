@@ -18,11 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.addressing import KeyValues
 from hip_hf.backends.triton.common.arguments import Logits, configuration, rows_of_program
 from hip_hf.backends.triton.common.rotation import queries_with_rope, rotation
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
+    KeyValues,
     Sequences,
     always_read,
     load_sequence,
