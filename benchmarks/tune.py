@@ -1,4 +1,4 @@
-"""Writes `backends/triton/common/tuning_table.py`: launch configurations of attention kernels by
+"""Writes `backends/triton/common/tuning_table.json`: launch configurations of attention kernels by
 architecture and head dim.
 
     python benchmarks/tune.py [--targets sm90,sm80] [--dims 64,128,256]
@@ -12,7 +12,7 @@ fastest of the rest is taken, else the first. What the launches of a selection a
 from __future__ import annotations
 
 import argparse
-import pprint
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hip_hf.backends.triton.common.tuning import Tile, target_of, tile_of
+from hip_hf.backends.triton.common.tuning import TILES, Tile, target_of, tile_of
 from hip_hf.backends.triton.compile import budget
 from hip_hf.backends.triton.compile.catalogue import (
     decode_launches,
@@ -42,7 +42,7 @@ from hip_hf.backends.triton.selection.search import (
 from hip_hf.backends.triton.selection.votes import need_arguments, need_kernel
 from hip_hf.config import HiPConfig
 
-TABLE = Path(__file__).parents[1] / "hip_hf" / "backends" / "triton" / "common" / "tuning_table.py"
+TABLE = Path(__file__).parents[1] / "hip_hf/backends/triton/common/tuning_table.json"
 # Launches of both dtypes share an entry; the first is timed.
 TOKENS, DTYPES = 32768, (torch.bfloat16, torch.float16)
 REPEATS = 20
@@ -246,8 +246,6 @@ def main() -> None:
     parser.add_argument("--dims", default="64,128,256")
     parser.add_argument("--kernels", default=",".join(LAUNCHES))
     given = parser.parse_args()
-    from hip_hf.backends.triton.common.tuning_table import TILES
-
     missing = []
     here = target_of(torch.empty(0, device="cuda")) if torch.cuda.is_available() else ""
     for target in given.targets.split(","):
@@ -257,21 +255,19 @@ def main() -> None:
                 if found is None:
                     missing.append(f"{kernel}, {target}, D={dim}")
                 else:
-                    TILES.setdefault(kernel, {}).setdefault(target, {})[dim] = found
+                    TILES.setdefault(kernel, {}).setdefault(target, {})[dim] = list(found)
             write(TILES)
     if missing:
         raise SystemExit(f"no candidate is fit for: {'; '.join(missing)}")
 
 
-def write(tiles: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]]) -> None:
-    text = pprint.pformat(tiles, width=100, sort_dicts=True)
-    head = (
-        '"""Written by `benchmarks/tune.py`: kernel -> target -> head dim up to -> rows, keys, '
-        'warps,\nstages."""\n\n# fmt: off\n'
-    )
-    TABLE.write_text(
-        f"{head}TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = \\\n{text}\n"
-    )
+def write(tiles: dict[str, dict[str, dict[int, list[int]]]]) -> None:
+    """The table, a line for each target of a kernel."""
+    kernels = []
+    for kernel, targets in sorted(tiles.items()):
+        lines = [f"  {json.dumps(name)}: {json.dumps(targets[name])}" for name in sorted(targets)]
+        kernels.append(f" {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n }")
+    TABLE.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
 
 
 if __name__ == "__main__":

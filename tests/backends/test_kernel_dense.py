@@ -19,7 +19,7 @@ from hip_hf.attention import Result, attend
 from hip_hf.backends.torch import dense as reference
 from hip_hf.backends.triton import dense
 from hip_hf.backends.triton.attention import decode, prefill
-from hip_hf.backends.triton.common.tuning_table import TILES
+from hip_hf.backends.triton.common.tuning import TILES
 from hip_hf.config import HiPConfig
 from hip_hf.geometry import Span
 from hip_hf.state import DecodeState

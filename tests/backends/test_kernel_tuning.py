@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hip_hf.backends.triton.common.tuning import Tile, tile_of
-from hip_hf.backends.triton.common.tuning_table import TILES
+from hip_hf.backends.triton.common.tuning import TILES, Tile, tile_of
 
 pytestmark = pytest.mark.fast
 

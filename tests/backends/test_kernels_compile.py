@@ -144,7 +144,7 @@ from pathlib import Path
 from hip_hf.cli import kernels
 from hip_hf.eval.measure.kernels import COMPILED_DTYPES
 from hip_hf.backends.triton.compile import budget, catalogue
-from hip_hf.backends.triton.common import tuning_table, tuning
+from hip_hf.backends.triton.common import tuning
 
 done = []
 
@@ -169,8 +169,8 @@ most = len(names) - 1
 run()
 assert done == names[:-1], done
 most = len(names)
-rows, keys, warps, stages = tuning_table.TILES["prefill"]["sm90"][64]
-tuning_table.TILES["prefill"]["sm90"][64] = (rows, keys, warps, stages + 1)
+rows, keys, warps, stages = tuning.TILES["prefill"]["sm90"][64]
+tuning.TILES["prefill"]["sm90"][64] = (rows, keys, warps, stages + 1)
 tuning.tile_of.cache_clear()
 again = [name for name in names if name in ("prefill", "prefill, all features")]
 done.clear()

@@ -152,6 +152,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         for kind in ("json", "safetensors", "txt", "md")
         for path in (PACKAGE / "assets").rglob(f"*.{kind}")
     ]
+    data += (PACKAGE / "backends").rglob("*.json")
     tasks = (PACKAGE / "eval" / "tasks").glob("*.yaml")
     assert len(data) > 5
     missing = {

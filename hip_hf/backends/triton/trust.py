@@ -284,7 +284,7 @@ def identity(device: torch.device) -> dict[str, Any]:
 def code(folder: Path = Path(__file__).parent) -> str:
     """A name for all that stands in the kernels' modules, launches and their table included."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.json")]):
         digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()
 

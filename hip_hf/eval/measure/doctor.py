@@ -116,8 +116,7 @@ def facts(device: torch.device, missing: str) -> dict[str, Any]:
             "driver": ", ".join(trust.drivers()),
         }
         if not missing:
-            from hip_hf.backends.triton.common.tuning import target_of
-            from hip_hf.backends.triton.common.tuning_table import TILES
+            from hip_hf.backends.triton.common.tuning import TILES, target_of
 
             target = target_of(torch.empty(0, device=device))
             own = all(target in targets for targets in TILES.values())

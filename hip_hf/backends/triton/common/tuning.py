@@ -1,13 +1,20 @@
-"""Launch configurations per architecture and head dim: a table (`tuning_table.py`), written by
+"""Launch configurations per architecture and head dim: a table (`tuning_table.json`), written by
 `benchmarks/tune.py`."""
 
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+# Kernel -> target -> head dim up to -> rows, keys, warps, stages.
+TILES: dict[str, dict[str, dict[int, list[int]]]] = json.loads(
+    Path(__file__).with_name("tuning_table.json").read_text(encoding="utf-8"),
+    object_hook=lambda x: {int(key) if key.isdecimal() else key: x[key] for key in x},
+)
 # Streaming multiprocessors (compute units) assumed where there is no device to ask: an H200's.
 PROCESSORS = 132
 
@@ -66,8 +73,6 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
     A target that is not in the table gets the configuration of the closest older one of its maker;
     one that is older than all of them, the smallest of its maker's.
     """
-    from hip_hf.backends.triton.common.tuning_table import TILES
-
     if dtype == torch.float32:
         return FULL_PRECISION
     width, tiles = max(dim, dim_v), {}
