@@ -227,15 +227,8 @@ def fitting(plan: TimingPlan, length: int, free: float) -> int:
     into `free` bytes: keys and values, and the summaries of two kept states (amortised and
     refreshed, which are there at a time without graphs)."""
     (dtype,), (config,) = (TIMED_DTYPES[name] for name in plan.dtypes), plan.settings.values()
-    pyramid = KeyPyramid.empty(
-        config,
-        1,
-        plan.kv_heads,
-        plan.head_dim,
-        int(length * (1 + ROOM)),
-        dtype,
-        torch.device("meta"),
-    )
+    shape = (1, plan.kv_heads, plan.head_dim, int(length * (1 + ROOM)))
+    pyramid = KeyPyramid.empty(config, shape, torch.empty(0, dtype=dtype, device="meta"))
     keys_and_values = 2 * plan.kv_heads * plan.head_dim * dtype.itemsize * length
     return int(max(1, min(plan.batch, (free - SPARE) // (keys_and_values + 2 * pyramid.nbytes))))
 

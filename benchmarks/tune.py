@@ -173,12 +173,11 @@ def selecting(kernel: str, x: Example, tiles: list[Any]) -> list[Callable[[], No
         call = (x.q, x.kv, sequences, config, x.logits, block_q, None, near, need)
         launches = [need_arguments(*call, shape=tile) for tile in tiles]
         return [partial(need_kernel[grid], **arguments) for grid, arguments in launches]
-    pyramid = KeyPyramid.empty(
-        config, 1, x.kv.heads, x.q.shape[-1], sequences.max_keys, x.q.dtype, x.q.device
-    )
+    shape = (1, x.kv.heads, x.q.shape[-1], sequences.max_keys)
+    pyramid = KeyPyramid.empty(config, shape, x.q)
     pyramid.extend(x.kv, sequences, block_q, append=False)
-    blocks = sequences.blocks(block_q)
-    into = SelectionBuffers.empty(config, 1, x.kv.heads, blocks, x.q.device, keep=stateful)
+    blocks = (1, x.kv.heads, sequences.blocks(block_q))
+    into = SelectionBuffers.empty(config, blocks, x.q.device, keep=stateful)
 
     def call_select(tile: SearchTile) -> None:
         if into.made is not None:

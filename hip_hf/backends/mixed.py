@@ -81,26 +81,20 @@ def merge_results(
 ) -> Result:
     """The result of the whole call. Sequences of other parts are zero in each output. The first
     part is sparse: all that is dense is one part."""
-    rows = [slice(part.first, part.first + part.problem.q.shape[2]) for part in parts]
     first = results[0]
     out = first.out.new_zeros(*problem.q.shape[:3], first.out.shape[3])
     lse = None if first.lse is None else first.lse.new_full(problem.q.shape[:3], -torch.inf)
-    for at, result in zip(rows, results, strict=True):
-        out[:, :, at] += result.out
-        if lse is not None and result.lse is not None:
-            lse[:, :, at] = torch.maximum(lse[:, :, at].clone(), result.lse)
-    window = problem.sliding_window
-    dense = [partial(all_keys, part.problem.spans, window) for part in parts]
-    counts = [result.count or every for result, every in zip(results, dense, strict=True)]
-    masks = [
-        (part, result.mask)
-        for part, result in zip(parts, results, strict=True)
-        if result.mask is not None
-    ]
-    reasons = []
+    counts, masks, reasons = [], [], []
     for part, result in zip(parts, results, strict=True):
-        dense_part = f"{len(part.problem.spans)} of {len(problem.spans)} sequences dense: "
+        rows, spans = slice(part.first, part.first + part.problem.q.shape[2]), part.problem.spans
+        out[:, :, rows] += result.out
+        if lse is not None and result.lse is not None:
+            lse[:, :, rows] = torch.maximum(lse[:, :, rows].clone(), result.lse)
+        counts.append(result.count or partial(all_keys, spans, problem.sliding_window))
+        if result.mask is not None:
+            masks.append((part, result.mask))
         if result.reason:
+            dense_part = f"{len(spans)} of {len(problem.spans)} sequences dense: "
             reasons.append((dense_part if part.reason else "") + result.reason)
     reason, unsupported = "; ".join(dict.fromkeys(reasons)), any(x.unsupported for x in results)
     count = partial(total_count, counts)

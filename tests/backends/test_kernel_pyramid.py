@@ -33,9 +33,8 @@ def pages_of(k: torch.Tensor, page_size: int) -> KeyValues:
 
 
 def fresh(config: HiPConfig, k: torch.Tensor, sequences: int, capacity: int) -> KeyPyramid:
-    pyramid = KeyPyramid.empty(
-        config, sequences, k.shape[1], k.shape[3], capacity, k.dtype, torch.device(DEVICE)
-    )
+    shape = (sequences, k.shape[1], k.shape[3], capacity)
+    pyramid = KeyPyramid.empty(config, shape, k.new_empty(0, device=DEVICE))
     pyramid.table.fill_(torch.nan)
     pyramid.states.fill_(torch.nan)
     return pyramid

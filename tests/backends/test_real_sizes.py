@@ -107,7 +107,7 @@ def reads(blocks: int) -> Reads:
 
 def pyramid(kv: KeyValues, rows: Sequences, block_q: int) -> KeyPyramid:
     """All but its last blocks have been built before."""
-    found = KeyPyramid.empty(CONFIG, BATCH, KEY_HEADS, DIM, TOKENS, DTYPE, torch.device("cpu"))
+    found = KeyPyramid.empty(CONFIG, (BATCH, KEY_HEADS, DIM, TOKENS), kv.k)
     found.built.fill_(NEEDED - 1)
     found.extend(kv, rows, block_q, append=block_q == 1)
     assert found.built[-1, -1] >= NEEDED
@@ -117,9 +117,8 @@ def pyramid(kv: KeyValues, rows: Sequences, block_q: int) -> KeyPyramid:
 @pytest.mark.parametrize("paged", [False, True])
 def test_prompts(paged: bool) -> None:
     q, kv, rows = queries(), keys(paged), sequences()
-    selection = SelectionBuffers.empty(
-        CONFIG, BATCH, KEY_HEADS, rows.blocks(CONFIG.block_q), q.device
-    )
+    shape = (BATCH, KEY_HEADS, rows.blocks(CONFIG.block_q))
+    selection = SelectionBuffers.empty(CONFIG, shape, q.device)
     selection.counts.zero_()
     select(
         q,
@@ -141,7 +140,7 @@ def test_prompts(paged: bool) -> None:
 @pytest.mark.parametrize("paged", [False, True])
 def test_steps(paged: bool) -> None:
     q, kv, rows = queries(1), keys(paged), sequences(1, query_rows=1)
-    selection = SelectionBuffers.empty(CONFIG, BATCH, KEY_HEADS, 1, q.device, keep=True)
+    selection = SelectionBuffers.empty(CONFIG, (BATCH, KEY_HEADS, 1), q.device, keep=True)
     select(q, pyramid(kv, rows, 1).table, kv, rows, CONFIG, LOGITS, 1, selection)
     assert selection.counts[-1, -1, -1] == CONFIG.budget_blocks
     read = Reads(

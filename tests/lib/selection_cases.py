@@ -230,14 +230,8 @@ class Case:
     def empty(self, block_q: int, keep: bool = False) -> SelectionBuffers:
         sequences = Sequences.of(self.spans, torch.device(DEVICE))
         masks = self.heads * (1 if self.config.group_shared else self.groups)
-        into = SelectionBuffers.empty(
-            self.config,
-            len(self.spans),
-            masks,
-            sequences.blocks(block_q),
-            torch.device(DEVICE),
-            keep,
-        )
+        shape = (len(self.spans), masks, sequences.blocks(block_q))
+        into = SelectionBuffers.empty(self.config, shape, torch.device(DEVICE), keep)
         for tensor in (into.indices, into.counts, into.window_start):
             tensor.fill_(-7)
         return into

@@ -88,6 +88,8 @@ class Trial:
     backend: str = "triton"
     error: float = 0.0
     worst: str = ""
+    # what steps keep, of `backend` and of the exact one
+    states: tuple[DecodeState | None, DecodeState | None] = (None, None)
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def normal(self, *shape: int) -> Tensor:
@@ -161,14 +163,7 @@ class Trial:
             self.error, self.worst = error, name
 
     def both(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        config: HiPConfig,
-        states: tuple[DecodeState, DecodeState] | None = None,
-        pages: bool = False,
-        **fields: Any,
+        self, q: Tensor, k: Tensor, v: Tensor, config: HiPConfig, pages: bool = False, **fields: Any
     ) -> None:
         """Compare a call with the torch backend's in float64: out, log-sum-exp, and selection."""
 
@@ -184,7 +179,7 @@ class Trial:
             table = BlockTable(torch.randperm(count, generator=self.random, device="cpu").tolist())
             tested = replace(tested, k=in_pages(tested.k, table), v=in_pages(tested.v, table))
         mask = config.method == "hip"  # others select no blocks
-        exact, (state, other) = problem(torch.device("cpu"), torch.float64), states or (None, None)
+        exact, (state, other) = problem(torch.device("cpu"), torch.float64), self.states
         got = base.attend(tested, replace(config, backend=self.backend), None, state, True, mask)
         want = base.attend(exact, replace(config, backend="torch"), None, other, True, mask)
         assert got.lse is not None
@@ -219,11 +214,11 @@ def check_decode(trial: Trial) -> None:
     """A prompt and steps on a kept state, until the selection has been made anew and kept again."""
     config, keys = trial.config, trial.keys
     assert isinstance(config.decode_refresh, int)
-    rows, states = config.block_q + config.decode_refresh + 2, (DecodeState(), DecodeState())
+    rows, trial.states = config.block_q + config.decode_refresh + 2, (DecodeState(), DecodeState())
     q, k, v = trial.planted(rows, keys)
     for first, last in pairwise([0, *range(config.block_q, rows + 1)]):
         end = keys - rows + last
-        trial.both(q[:, :, first:last], k[:, :, :end], v[:, :, :end], config, states)
+        trial.both(q[:, :, first:last], k[:, :, :end], v[:, :, :end], config)
 
 
 def check_pages(trial: Trial) -> None:

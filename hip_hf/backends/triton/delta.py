@@ -158,7 +158,9 @@ class DeltaAttention(DeltaCall):
         if step:
             one, one_lse = self._first_rows([span for span in spans if span.rows])
         else:
-            self._at_stride(tuple(spans), change[:, :, 1:], change_lse[:, :, 1:])
+            part = Part(sequences_of(tuple(spans), self.out.device), dense_reads())
+            into = operands(self.problem, change[:, :, 1:], change_lse[:, :, 1:])
+            prefill(into, part, self.gamma)
         for s, (span, at) in enumerate(zip(spans, aligned, strict=True)):
             rows = slice(span.row_start, span.row_end, self.gamma)
             if step and at:
@@ -170,11 +172,6 @@ class DeltaAttention(DeltaCall):
         """Room for outputs fp32 `[*shape, Dv]` and log-sum-exps fp32 `shape`."""
         options: Any = dict(dtype=torch.float32, device=self.out.device)
         return torch.empty(*shape, self.out.shape[3], **options), torch.empty(shape, **options)
-
-    def _at_stride(self, spans: tuple[Span, ...], out: Tensor, lse: Tensor) -> None:
-        """Dense attention of every `gamma`-th row of the spans, as `prefill` says."""
-        part = Part(sequences_of(spans, self.out.device), dense_reads())
-        prefill(operands(self.problem, out, lse), part, self.gamma)
 
     def _first_rows(self, spans: list[Span]) -> tuple[Tensor, Tensor]:
         """Dense attention of each span's first row: out fp32 `[B, Hq, 1, Dv]`, lse `[B, Hq, 1]`."""

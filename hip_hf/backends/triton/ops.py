@@ -11,7 +11,7 @@ the device (`dense.dense_rows`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -109,22 +109,22 @@ def _(q: Tensor, k: Tensor, sinks: Tensor | None, table: Tensor, *rest: Any) -> 
     return q.new_empty(*shape, budget, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
 
-def _parts(
-    q: Tensor, k: Tensor, lists: Sequence[Tensor | None], fields: HiPConfig, block_q: int
-) -> tuple[Part, ...]:
-    """What an attention operator was told of its `_LISTS`, as
-    `backward.attend_with_gradients` takes it."""
-    (table, tail, indices, counts), sizes = lists, (q.shape[2], k.shape[2])
-    assert table is not None
+def _call(*given: Any) -> tuple[HiPConfig, Operands, tuple[Part, ...]]:
+    """What an attention operator was told, with where its results lie: as
+    `backward.gradients` takes it."""
+    q, k, v, sinks, out, lse, table, tail, indices, counts, *rest = given
+    config, scale, softcap, sliding, block_q = rest
+    fields, sizes = settings(config), (q.shape[2], k.shape[2])
+    x = Operands(q, KeyValues(k, v), Logits(scale, softcap, sliding, sinks), out, lse)
     if block_q == 0:
-        return (Part(Sequences(table, *sizes), dense_reads()),)
+        return fields, x, (Part(Sequences(table, *sizes), dense_reads()),)
     reads = Reads(block_q, fields.block_k, fields.sink, fields.window, indices, counts)
     if tail is None:
-        return (Part(Sequences(table, *sizes), reads),)
+        return fields, x, (Part(Sequences(table, *sizes), reads),)
     head = table.clone()
     head[3] -= tail[3]
     dense = Sequences(tail, min(q.shape[2], fields.dense_tail), k.shape[2])
-    return Part(Sequences(head, *sizes), reads), Part(dense, dense_reads())
+    return fields, x, (Part(Sequences(head, *sizes), reads), Part(dense, dense_reads()))
 
 
 @torch.library.custom_op(
@@ -136,13 +136,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any) ->
     """Attention to sink, window and the blocks of `indices`; the rows of `tail` read everything.
     Out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`; rows outside every sequence give 0 and
     -inf."""
-    *lists, config, scale, softcap, sliding, block_q = rest
-    fields, (out, lse) = settings(config), _outputs(q, v)
-    parts = _parts(q, k, lists, fields, block_q)
-    keys = k.shape[2] if block_q == 0 else fields.sparse_reach
+    out, lse = _outputs(q, v)
+    fields, x, parts = _call(q, k, v, sinks, out, lse, *rest)
     with launching(q, fields):
-        x = Operands(q, KeyValues(k, v), Logits(scale, softcap, sliding, sinks), out, lse)
-        sparse.attend_parts(x, parts, keys)
+        sparse.attend_parts(x, parts, fields.sparse_reach if rest[-1] else k.shape[2])
     return out, lse
 
 
@@ -157,12 +154,10 @@ attend.register_fake(_fake_outputs)
 )
 def attend_backward(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and, where there are any, of the sinks (else an empty tensor)."""
-    q, k, v, sinks, out, lse, *lists, config, scale, softcap, sliding, block_q = rest
-    parts = _parts(q, k, lists, settings(config), block_q)
-    with launching(q, settings(config)):
-        x = Operands(q, KeyValues(k, v), Logits(scale, softcap, sliding, sinks), out, lse)
+    fields, x, parts = _call(*rest)
+    with launching(x.q, fields):
         *grads, of_sinks = gradients(x, parts, grad_out, grad_lse)
-    return *grads, q.new_empty(0) if of_sinks is None else of_sinks
+    return *grads, x.q.new_empty(0) if of_sinks is None else of_sinks
 
 
 @attend_backward.register_fake

@@ -274,23 +274,19 @@ class KeyPyramid:
 
     @staticmethod
     def empty(
-        config: HiPConfig,
-        sequences: int,
-        heads: int,
-        dim: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        config: HiPConfig, shape: tuple[int, int, int, int], like: torch.Tensor
     ) -> KeyPyramid:
-        """Nothing is built yet; for up to `capacity` keys a sequence."""
+        """Nothing is built yet. `shape`: sequences, key heads, head dim, and the keys a sequence
+        has at most. Keys are of the dtype and on the device of `like`."""
+        (sequences, heads, dim, capacity), device = shape, like.device
         blocks = max(1, capacity // config.block_k)
         tiles, parts = max(1, blocks >> TILE_LEVELS), vectors_per_summary(config)
         programs = heads * -(-dim // pyramid_constants(config, dim, 1, False)["BD"])
-        table = (sequences, heads, 2 * blocks, parts * dim)
+        table = like.new_empty(sequences, heads, 2 * blocks, parts * dim)
         states = (sequences, heads, 2 * tiles, (parts + 1) * dim)
         return KeyPyramid(
             config,
-            torch.empty(table, dtype=dtype, device=device),
+            table,
             torch.empty(states, dtype=torch.float32, device=device),
             torch.zeros(sequences, programs, dtype=torch.int32, device=device),
         )
@@ -315,13 +311,6 @@ class KeyPyramid:
         Nothing waits."""
         limit = blocks[:, None] if isinstance(blocks, torch.Tensor) else blocks
         self.built.clamp_(max=limit)
-
-    def reorder(self, index: torch.Tensor) -> None:
-        """Sequence `i` continues what sequence `index[i]` was; int64 `[S']`. Copies the table, as
-        the cache copies its keys."""
-        self.table, self.states, self.built = (
-            x.index_select(0, index) for x in (self.table, self.states, self.built)
-        )
 
     def take(self, old: KeyPyramid) -> None:
         """Go on where a pyramid of smaller capacity was; rows keep their places."""

@@ -73,11 +73,12 @@ class DeviceState:
         """For up to `capacity` keys a row, of the shapes, dtype and device of `problem`."""
         q, k, v = problem.q, problem.k, problem.v
         with torch.inference_mode(False):  # it outlives the mode it is made in
-            pyramid, shape = None, (q.shape[0], k.shape[1], q.shape[3], capacity)
+            pyramid = None
             if config.method == "hip":
-                pyramid = KeyPyramid.empty(config, *shape, k.dtype, k.device)
-            heads = mask_heads(config, q.shape[1], k.shape[1])
-            selection = SelectionBuffers.empty(config, q.shape[0], heads, 1, q.device, keep=True)
+                shape = (q.shape[0], k.shape[1], q.shape[3], capacity)
+                pyramid = KeyPyramid.empty(config, shape, q)
+            rows = (q.shape[0], mask_heads(config, q.shape[1], k.shape[1]), 1)
+            selection = SelectionBuffers.empty(config, rows, q.device, keep=True)
             scratch = step_scratch(config, q[:, :, :1], k.shape[1], v.shape[3])
             state = DeviceState(pyramid, selection, scratch)
             for x in state.tensors():
@@ -128,14 +129,12 @@ class DeviceState:
     def reorder(self, indices: list[int]) -> None:
         """Batch row `b` continues what row `indices[b]` was."""
         index = torch.tensor(indices, device=self.selection.counts.device)
+        kept, scratch = [x.index_select(0, index) for x in self.tensors()], self.scratch.out
         if self.pyramid is not None:
-            self.pyramid.reorder(index)
-        blocks, counts, window, made = (x[index] for x in self.tensors()[-4:])
-        self.selection, scratch = SelectionBuffers(blocks, counts, window, made), self.scratch
-        shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
-        self.scratch = DecodeScratch(
-            scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1])
-        )
+            self.pyramid = KeyPyramid(self.pyramid.config, *kept[:3])
+        blocks, counts, window, made = kept[-4:]
+        self.selection = SelectionBuffers(blocks, counts, window, made)
+        self.scratch = DecodeScratch.make(len(scratch), scratch[0, index], scratch.shape[4])
 
 
 def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Reads:
@@ -168,12 +167,12 @@ def select_blocks(
     """
     q, kv = x.q, x.kv
     shape = (sequences.count, mask_heads(config, q.shape[1], kv.heads), sequences.blocks(block_q))
-    selection = SelectionBuffers.empty(config, *shape, q.device)
+    selection = SelectionBuffers.empty(config, shape, q.device)
     if config.method == "hip":
         append = pyramid is not None and q.shape[2] <= DECODE_ROWS  # only few keys are missing
         if pyramid is None:
             size = (sequences.count, kv.heads, q.shape[3], sequences.max_keys)
-            pyramid = KeyPyramid.empty(config, *size, kv.k.dtype, q.device)
+            pyramid = KeyPyramid.empty(config, size, q)
         pyramid.extend(kv, sequences, block_q, append)
         select(q, pyramid.table, kv, sequences, config, x.logits, block_q, selection)
     return selection
@@ -288,7 +287,7 @@ class SparseAttention(BlockSparseCall):
             for span in spans:
                 state.select_anew(span.batch)
         self._note_all(spans, selection)
-        tails = [max(0, span.rows - config.dense_tail) for span in spans]
+        tails = [self.tail(span) for span in spans]
         parts = self._parts(spans, tails, reads_of(config, selection, block_q))
         if problem.needs_grad:
             logits = self.operands.logits
@@ -304,7 +303,7 @@ class SparseAttention(BlockSparseCall):
 
     def _parts(self, spans: tuple[Span, ...], tails: list[int], reads: Reads) -> tuple[Part, ...]:
         """The rows that select, and those from `tails` on in each prompt, which are dense."""
-        if self.decoding or not self.config.dense_tail:
+        if tails == [span.rows for span in spans]:
             return (Part(self.sequences, reads),)
         device, head, tail = self.problem.q.device, [], []
         for span, first in zip(spans, tails, strict=True):

@@ -29,12 +29,6 @@ class Tile:
     warps: int
     stages: int
 
-    @property
-    def held(self) -> int:
-        """Query rows, and keys and values of every stage: a measure of the shared memory that it
-        takes."""
-        return self.rows + 2 * self.keys * self.stages
-
 
 def power_of_two(number: int) -> int:
     """The lowest power of two that is not below `number`. (Triton's own, called on the host,
@@ -80,7 +74,10 @@ def tile_of(kernel: str, target: str, dim: int, dim_v: int, dtype: torch.dtype) 
         if name[:2] == target[:2]:
             tiles[name] = Tile(*dims[min((d for d in dims if d >= width), default=max(dims))])
     older = [name for name in tiles if _age(name) <= _age(target)]
-    return tiles[max(older, key=_age)] if older else min(tiles.values(), key=lambda tile: tile.held)
+    if older:
+        return tiles[max(older, key=_age)]
+    # shared memory holds query rows, and keys and values of every stage
+    return min(tiles.values(), key=lambda tile: tile.rows + 2 * tile.keys * tile.stages)
 
 
 def tile_for(kernel: str, q: torch.Tensor, dim_v: int, target: str | None = None) -> Tile:

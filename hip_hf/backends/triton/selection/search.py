@@ -64,15 +64,10 @@ class SelectionBuffers:
 
     @staticmethod
     def empty(
-        config: HiPConfig,
-        sequences: int,
-        heads: int,
-        blocks: int,
-        device: torch.device,
-        keep: bool = False,
+        config: HiPConfig, shape: tuple[int, int, int], device: torch.device, keep: bool = False
     ) -> SelectionBuffers:
-        """Not filled yet; with `keep`, one that decode steps share (the first of them selects)."""
-        shape = (sequences, heads, blocks)
+        """For sequences, mask heads and query blocks as in `shape`, not filled yet; with `keep`,
+        one that decode steps share (the first of them selects)."""
         indices = torch.empty(*shape, config.budget_blocks, dtype=torch.int32, device=device)
         counts, window = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
         made = torch.full_like(counts, SelectionBuffers.NEVER) if keep else None
