@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import one_prompt, reference, run
+from backward_cases import one_prompt, operands, reference, run
 from helpers import assert_near
 from interpreter import DEVICE
 from kernel_cases import make_case, spans_of
@@ -126,7 +126,7 @@ def test_dense_rows_at_the_end_of_a_prompt() -> None:
     )
     inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     grad_out = torch.randn(case.q.shape)
-    out, _ = attend_with_gradients(*inputs, case.logits(), parts, HiPConfig())
+    out, _ = attend_with_gradients(operands(inputs, case.logits()), parts, HiPConfig())
     got = torch.autograd.grad((out * grad_out.to(DEVICE)).sum(), inputs)
     for name, a, b in zip("qkv", got, reference(case, grad_out, None), strict=True):
         assert_near(a.cpu(), b, 1e-4, f"gradient of {name}")
@@ -137,9 +137,7 @@ def test_gradients_repeat_bit_by_bit() -> None:
     inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (case.q, case.k, case.v)]
     found = []
     for _ in range(2):
-        out, _ = attend_with_gradients(
-            *inputs, case.logits(), (Part(case.sequences(), case.reads()),), HiPConfig()
-        )
+        out, _ = attend_with_gradients(operands(inputs, case.logits()), (case.part(),), HiPConfig())
         found.append(torch.autograd.grad(out.float().square().sum(), inputs))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -147,14 +145,8 @@ def test_gradients_repeat_bit_by_bit() -> None:
 def test_only_what_asks_gets_gradients() -> None:
     case = make_case(spans_of((0, 60, 60)))
     v = case.v.to(DEVICE, copy=True).requires_grad_()
-    out, _ = attend_with_gradients(
-        case.q.to(DEVICE),
-        case.k.to(DEVICE),
-        v,
-        Logits(case.scale),
-        (Part(case.sequences(), case.reads()),),
-        HiPConfig(),
-    )
+    x = operands([case.q.to(DEVICE), case.k.to(DEVICE), v], Logits(case.scale))
+    out, _ = attend_with_gradients(x, (case.part(),), HiPConfig())
     out.sum().backward()
     assert v.grad.isfinite().all()
 

@@ -12,7 +12,15 @@ from kernel_cases import Case, make_case, precisions, spans_of
 from hip_hf.backends.base import Piece
 from hip_hf.backends.torch.backward import Gradients
 from hip_hf.backends.triton.attention.backward import attend_with_gradients
+from hip_hf.backends.triton.common.arguments import Logits, Operands
+from hip_hf.backends.triton.common.sequences import KeyValues
 from hip_hf.config import HiPConfig
+
+
+def operands(qkv: list[torch.Tensor], logits: Logits) -> Operands:
+    """Of attention that makes its own output."""
+    q, k, v = qkv
+    return Operands(q, KeyValues(k, v), logits, out=q)
 
 
 def reference(
@@ -85,7 +93,7 @@ def run(case: Case, need_lse: bool = True) -> None:
     if logits.sinks is not None:
         logits = replace(logits, sinks=logits.sinks.clone().requires_grad_())
         inputs.append(logits.sinks)
-    out, lse = attend_with_gradients(*inputs[:3], logits, (case.part(),), HiPConfig())
+    out, lse = attend_with_gradients(operands(inputs[:3], logits), (case.part(),), HiPConfig())
     assert (out[~visible] == 0).all()
     assert (lse[~visible] == -torch.inf).all()
     total = (out * grad_out.to(DEVICE)).sum()

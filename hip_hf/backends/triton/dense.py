@@ -86,9 +86,7 @@ def attend_densely(
         x = operands(problem, out, lse)
         if problem.needs_grad:
             part = Part(sequences_of(problem.spans, problem.q.device), dense_reads())
-            out, learnt = attend_with_gradients(
-                problem.q, problem.k, problem.v, x.logits, (part,), config
-            )
+            out, learnt = attend_with_gradients(x, (part,), config)
             return out, None if lse is None else learnt
         dense_rows(x, problem.spans, [0] * len(problem.spans), problem.longest)
     return out, lse

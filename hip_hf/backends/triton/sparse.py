@@ -290,10 +290,7 @@ class SparseAttention(BlockSparseCall):
         tails = [self.tail(span) for span in spans]
         parts = self._parts(spans, tails, reads_of(config, selection, block_q))
         if problem.needs_grad:
-            logits = self.operands.logits
-            self.out, lse = attend_with_gradients(
-                problem.q, problem.k, problem.v, logits, parts, config
-            )
+            self.out, lse = attend_with_gradients(self.operands, parts, config)
             self.lse = None if self.lse is None else lse
             return
         attend_parts(self.operands, parts[:1], config.sparse_reach)

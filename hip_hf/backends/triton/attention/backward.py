@@ -25,7 +25,6 @@ from hip_hf.backends.triton.common.arguments import (
     Operands,
     Part,
     row_arguments,
-    row_tiles,
     shared_arguments,
 )
 from hip_hf.backends.triton.common.sequences import KeyValues
@@ -53,13 +52,13 @@ def query_gradient_arguments(
     grad_out is `[B, Hq, Tq, Dv]`, grad_q `[B, Hq, Tq, D]`, grad_lse and mean are fp32
     `[B, Hq, Tq]`."""
     assert x.lse is not None
-    arguments = row_arguments(x, part, tile) | dict(
+    tiles, arguments = row_arguments(x, part, tile)
+    arguments |= dict(
         OUT=x.out, LSE=x.lse, GRAD_OUT=grad_out, GRAD_LSE=x.lse if grad_lse is None else grad_lse,
         GRAD_Q=grad_q, MEAN=mean, HAS_GRAD_LSE=grad_lse is not None,
         **_strides("o", x.out), **_strides("l", x.lse), **_strides("g", grad_out),
         **_strides("dq", grad_q),
     )  # fmt: skip
-    tiles = row_tiles(part, arguments["BLOCK_M"])
     return (tiles, arguments["lists"], part.sequences.count), arguments
 
 
@@ -155,16 +154,15 @@ def key_gradient_arguments(
 
 
 def attend_with_gradients(
-    q: Tensor, k: Tensor, v: Tensor, logits: Logits, parts: tuple[Part, ...], config: HiPConfig
+    x: Operands, parts: tuple[Part, ...], config: HiPConfig
 ) -> tuple[Tensor, Tensor]:
-    """`prefill` that autograd knows: q `[B, Hq, Tq, D]`, k, v -> out `[B, Hq, Tq, Dv]` and lse fp32
-    `[B, Hq, Tq]`.
+    """`prefill` that autograd knows, into a new out `[B, Hq, Tq, Dv]` and lse fp32 `[B, Hq, Tq]`.
 
-    `parts` must not share rows; rows in none of them give 0 and -inf. q, k, v and `logits.sinks`
-    get gradients, also those of lse. The last dimension of q, k and v must have stride 1. `config`:
-    the settings of the call, for what Triton may refuse of its backward pass.
+    `parts` must not share rows; rows in none of them give 0 and -inf. Queries, keys, values and
+    sinks get gradients, also those of lse. `config`: the settings of the call, for what Triton may
+    refuse of its backward pass.
     """
-    return _Attention.apply(q, k, v, logits.sinks, logits, parts, config)
+    return _Attention.apply(x.q, x.kv.k, x.kv.v, x.logits.sinks, x.logits, parts, config)
 
 
 def gradients(

@@ -12,13 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hip_hf.backends.triton.common.arguments import (
-    GridAndArguments,
-    Operands,
-    Part,
-    row_arguments,
-    row_tiles,
-)
+from hip_hf.backends.triton.common.arguments import GridAndArguments, Operands, Part, row_arguments
 from hip_hf.backends.triton.common.rotation import partner, queries_with_rope, rotate, rotation
 from hip_hf.backends.triton.common.sequences import (
     GROWING,
@@ -293,7 +287,7 @@ def attend_kernel(
 def call_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> GridAndArguments:
     """Grid and arguments of `attend_kernel`. Where out is `[splits, B, Hq, Tq, Dv]`, and lse alike,
     each of the `splits` programs leaves there what it makes of its part of the keys."""
-    arguments, kv = row_arguments(x, part, tile, stride), x.kv
+    (tiles, arguments), kv = row_arguments(x, part, tile, stride), x.kv
     table, stride_table = kv.table()
     windows, sinks, positions = part.reads.windows, x.logits.sinks, x.logits.positions
     rows, lists = arguments["BLOCK_M"], arguments["lists"]
@@ -314,8 +308,6 @@ def call_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> Grid
         KEPT_WINDOW=windows is not None, HAS_SINKS=sinks is not None, HAS_LSE=x.lse is not None,
         **rotation(positions, rows * stride + tile.keys, x.q),
     )  # fmt: skip
-    strided = -(-part.sequences.max_rows // (stride * rows))
-    tiles = row_tiles(part, rows) if stride == 1 else strided
     return (tiles, lists * splits, part.sequences.count), arguments
 
 

@@ -118,17 +118,18 @@ def shared_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> di
     )  # fmt: skip
 
 
-def row_arguments(x: Operands, part: Part, tile: Tile, stride: int = 1) -> dict[str, Any]:
-    """Arguments of the kernels in which a tile of rows, at a `stride`, walks what it reads."""
+def row_arguments(
+    x: Operands, part: Part, tile: Tile, stride: int = 1
+) -> tuple[int, dict[str, Any]]:
+    """The tiles of a sequence's query rows, or of those at a `stride`, and the arguments of the
+    kernels in which such a tile walks what it reads."""
     shared, indices = shared_arguments(x, part, tile, stride), part.reads.indices
     nothing = part.sequences.table  # stands for what is not read
     shared["INDICES"] = nothing if indices is None else indices
     shared["COUNTS"] = nothing if part.reads.counts is None else part.reads.counts
     shared["blocks"], shared["most"] = (0, 0) if indices is None else indices.shape[2:]
     shared["EVEN_HEADDIM"] = (shared["D"], shared["DV"]) == (shared["dim"], shared["dim_v"])
-    return shared
-
-
-def row_tiles(part: Part, rows: int) -> int:
-    """Tiles of `rows` query rows, in which the kernels walk the query blocks of a sequence."""
-    return part.sequences.blocks(part.reads.block_q) * -(-part.reads.block_q // rows)
+    rows, block_q = shared["BLOCK_M"], part.reads.block_q
+    if stride > 1:
+        return -(-part.sequences.max_rows // (stride * rows)), shared
+    return part.sequences.blocks(block_q) * -(-block_q // rows), shared
