@@ -312,6 +312,13 @@ class KeyPyramid:
         limit = blocks[:, None] if isinstance(blocks, torch.Tensor) else blocks
         self.built.clamp_(max=limit)
 
+    def reorder(self, index: torch.Tensor) -> None:
+        """Sequence `i` continues what sequence `index[i]` was; int64 `[S']`. Copies the table, as
+        the cache copies its keys."""
+        self.table, self.states, self.built = (
+            x.index_select(0, index) for x in (self.table, self.states, self.built)
+        )
+
     def take(self, old: KeyPyramid) -> None:
         """Go on where a pyramid of smaller capacity was; rows keep their places."""
         self.table[:, :, : old.table.shape[2]] = old.table

@@ -129,11 +129,10 @@ class DeviceState:
     def reorder(self, indices: list[int]) -> None:
         """Batch row `b` continues what row `indices[b]` was."""
         index = torch.tensor(indices, device=self.selection.counts.device)
-        kept, scratch = [x.index_select(0, index) for x in self.tensors()], self.scratch.out
         if self.pyramid is not None:
-            self.pyramid = KeyPyramid(self.pyramid.config, *kept[:3])
-        blocks, counts, window, made = kept[-4:]
-        self.selection = SelectionBuffers(blocks, counts, window, made)
+            self.pyramid.reorder(index)
+        blocks, counts, window, made = (x[index] for x in self.tensors()[-4:])
+        self.selection, scratch = SelectionBuffers(blocks, counts, window, made), self.scratch.out
         self.scratch = DecodeScratch.make(len(scratch), scratch[0, index], scratch.shape[4])
 
 
