@@ -14,7 +14,7 @@ from hip_hf.integration import changes, continuous_batching, hip_cache
 from hip_hf.integration.attention_function import attention_forward
 from hip_hf.integration.extension import check_extension, extends
 from hip_hf.integration.masks import hip_mask
-from hip_hf.integration.model_checks import check_class, check_heads, check_layers, check_reach
+from hip_hf.integration.model_checks import check_class, check_layers, check_model
 from hip_hf.integration.patched_forward import patch_layers, unpatch_all, unpatch_layer
 from hip_hf.integration.patches.families import layers_of, layers_to_extend
 from hip_hf.integration.settings import (
@@ -41,7 +41,7 @@ def register() -> None:
         changes.at_undo(functools.partial(AttentionInterface._global_mapping.pop, name, None))
         changes.at_undo(functools.partial(AttentionMaskInterface._global_mapping.pop, name, None))
     hip_cache.install_caches()
-    continuous_batching.install_gate()
+    continuous_batching.open_gate()
     changes.wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _adjust)
     changes.wrap(PreTrainedModel, "set_attn_implementation", _set)
     changes.wrap(PreTrainedModel, "post_init", _post_init)
@@ -58,8 +58,7 @@ def _set(change: Any, self: Any, attn_implementation: Any, *args: Any, **kwargs:
     asked = attn_implementation
     if isinstance(asked, dict):
         asked = asked.get(text_part(self), asked.get(""))
-    check_reach(self, asked)
-    check_heads(self, asked)
+    check_model(self, asked)
     change(self, attn_implementation, *args, **kwargs)
 
 
@@ -69,8 +68,7 @@ def _post_init(made: Any, self: Any) -> None:
     parts = [getattr(self.config, name, None) for name in self.config.sub_configs]
     configs = [self.config, *parts]
     if any(attends_by_us(config) for config in configs):
-        check_reach(self, text_config(self)._attn_implementation)
-        check_heads(self, text_config(self)._attn_implementation)
+        check_model(self, text_config(self)._attn_implementation)
     configured = any(getattr(config, "hip", None) is not None for config in configs)
     if configured and extends(text_config(self)):
         patch_layers(layers_to_extend(self))

@@ -14,15 +14,12 @@ raises instead of computing garbage.
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
 import inspect
 import itertools
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -297,18 +294,18 @@ def _forget_request(cache: Any, request: str) -> None:
 
 
 # Transformers admits only its own attentions to continuous batching, or swaps others for flash
-# attention where that is installed. The classes are made long after `import hip_hf`, hence the hook
-# on their module's import.
+# attention where that is installed.
 
-# Transformers' class of paged caches, once it is imported: its own `update`, and whether that takes
-# indices (up to 5.17).
+# Transformers' class of paged caches, once the gate is open: its own `update`, and whether that
+# takes indices (up to 5.18).
 _updates: dict[type, tuple[Callable[..., Any], bool]] = {}
 _packing = threading.local()  # `on` in the thread that runs the packed calls of such a model
 
 
-def open_gate(module: ModuleType) -> None:
+def open_gate() -> None:
     """Let models that attend by `hip` into continuous batching as they are, with their new tokens
-    left to the attention function."""
+    left to the attention function. Harmless when called again."""
+    module = sys.modules.get(GATE)  # all of Transformers' models import it
     manager = getattr(module, "ContinuousBatchingManager", None)
     cache: Any = getattr(module, "PagedAttentionCache", None)
     gate: list[tuple[Any, str, Callable[..., Any]]]
@@ -362,31 +359,3 @@ def cache_of(key: torch.Tensor, arguments: dict[str, Any]) -> Any:
         allowed = "`generate`, or a version that `hip_hf` was tested with"
         raise ValueError(f"continuous batching: {got}; allowed: {allowed}")
     return cache
-
-
-class _Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != GATE:
-            return None
-        sys.meta_path.remove(self)
-        spec: Any = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            open_gate(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-def install_gate() -> None:
-    """Open the gate, now or when Transformers' module is imported. Harmless when called again."""
-    if any(isinstance(finder, _Hook) for finder in sys.meta_path):
-        return
-    module = sys.modules.get(GATE)
-    if module is None:
-        sys.meta_path.insert(0, hook := _Hook())
-        at_undo(lambda: sys.meta_path.remove(hook) if hook in sys.meta_path else None)
-    else:
-        open_gate(module)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hip_hf.integration.layer_attention import Call
-from hip_hf.integration.model_checks import attention_layers, check_reach
+from hip_hf.integration.model_checks import attention_layers, check_model
 from hip_hf.integration.settings import NAMES, attends_by_us, layer_index, text_config
 from hip_hf.shown import refused
 
@@ -61,7 +61,7 @@ def explain(model: nn.Module) -> Report:
         raise refused("model", got, " | ".join(NAMES))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            check_reach(module, module.config._attn_implementation)
+            check_model(module, module.config._attn_implementation)
     rows = []
     for module in attention_layers(model):
         layer = layer_index(module)

@@ -31,15 +31,15 @@ NO_ATTENTIONS = (
     "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"
 )
 
-_valid: dict[str, Any] | None = None  # the last settings that were found to be so
-# the last that name layers or extend the context, with the model's config that they suit
-_fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
+# the last settings that were found to be valid, and the model's config that they suit
+_valid: tuple[weakref.ref[Any], dict[str, Any]] | None = None
 
 
 def check_config(config: Any) -> None:
     """Raise ValueError, before a forward has touched anything, for a model config with invalid
     settings, with layers that the model does not have, with `extend` for a model that cannot, or
-    with outputs that we cannot give. Settings are looked at only where the last ones differ."""
+    with outputs that we cannot give. Settings are looked at only where they are not the last
+    ones."""
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     raw = getattr(config, "hip", None)
@@ -52,17 +52,12 @@ def check_config(config: Any) -> None:
 @torch.compiler.assume_constant_result
 def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
     """`check_config` of the settings `raw`."""
-    global _valid, _fitting
-    if raw != _valid:
-        read_settings(config)
-        _valid = copy.deepcopy(dict(raw))
-    named = raw.get("layers") or isinstance(raw.get("dense_layers"), (list, tuple))
-    of_model = named or raw.get("extend") is not None
-    if of_model and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
+    global _valid
+    if _valid is None or _valid[0]() is not config or _valid[1] != raw:
         settings = read_settings(config)
         check_layers(settings, config)
         check_extension(settings, config)
-        _fitting = weakref.ref(config), _valid
+        _valid = weakref.ref(config), copy.deepcopy(dict(raw))
 
 
 def check_layers(settings: HiPConfig, config: Any) -> None:
@@ -157,12 +152,18 @@ def check_class(model: PreTrainedModel, name: str | None) -> None:
             raise _refused(name, model.config, f", allowed: {' | '.join(table)} {why}")
 
 
-def check_reach(model: PreTrainedModel, name: str | None) -> None:
+def check_model(model: PreTrainedModel, name: str | None) -> None:
+    """Raise ValueError for a model that has been made and would ignore an attention of this name,
+    or is shared out among more processes than its key heads can be."""
+    if is_ours(name):
+        _check_reach(model, name)
+        _check_heads(model)
+
+
+def _check_reach(model: PreTrainedModel, name: str | None) -> None:
     """Raise ValueError for a language model no layer of whose text part asks for an attention
     function, and for any part of a model (the encoder of BigBird-Pegasus) that would hand position
     masks to attention of its own."""
-    if not is_ours(name):
-        return
     # a whole model of text, with or without its head, or one for which Transformers makes masks:
     # encoders of images, of sound, or of the text that a decoder is given, may attend as they like
     kind: Any = type(model)
@@ -183,12 +184,12 @@ def check_reach(model: PreTrainedModel, name: str | None) -> None:
         raise _refused(name, model.config, why)
 
 
-def check_heads(model: PreTrainedModel, name: str | None) -> None:
+def _check_heads(model: PreTrainedModel) -> None:
     """Raise ValueError for tensor parallelism that would cut key heads into pieces. Transformers
     cuts them, and the first call of the model then fails with sizes that do not say why."""
     distributed: Any = getattr(model.config, "distributed_config", None)
     processes = getattr(distributed, "tp_size", None) or 1
-    if processes == 1 or not is_ours(name):
+    if processes == 1:
         return
     plan = dict(model.tp_plan or {})
     if isinstance(distributed.tp_plan, dict):

@@ -19,14 +19,9 @@ def project(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def sliding_window(module: Any) -> int | None:
-    """Of the layer; some layers may slide and others not."""
-    return getattr(module, "sliding_window", None)
-
-
 PATCHERS = {
-    "qwen2": Patcher("Qwen2Attention", llama.project, sliding_window),
-    "qwen2_moe": Patcher("Qwen2MoeAttention", llama.project, sliding_window),
-    "qwen3": Patcher("Qwen3Attention", project, sliding_window),
-    "qwen3_moe": Patcher("Qwen3MoeAttention", project, sliding_window),
+    "qwen2": Patcher("Qwen2Attention", llama.project),
+    "qwen2_moe": Patcher("Qwen2MoeAttention", llama.project),
+    "qwen3": Patcher("Qwen3Attention", project),
+    "qwen3_moe": Patcher("Qwen3MoeAttention", project),
 }
