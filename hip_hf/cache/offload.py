@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hip_hf.cache.pages import BlockTable, Store
+from hip_hf.cache.pages import BlockTable, HeadRows, Store
 
 OFFLOADS = ("cpu", "disk")
 READERS = ("search", "attention")
@@ -107,16 +107,14 @@ class DevicePool:
         return [(head, slot) for head, slot in enumerate(known) if slot >= 0]
 
 
-class PooledHeadRows:
-    """`HeadRows` read through a pool: rows of `size` tokens, counted through all pages."""
+class PooledHeadRows(HeadRows):
+    """Rows of `size` tokens, read through a pool; an index counts through all pages."""
 
     def __init__(self, pool: DevicePool, head: int, size: int, reader: str) -> None:
+        super().__init__([pool.rows[head].unflatten(0, (-1, size)).flatten(1)], [0])
         self.pool, self.head, self.each, self.reader = pool, head, pool.store.page // size, reader
-        self.rows = pool.rows[head].unflatten(0, (-1, size)).flatten(1)
-        self.width = self.rows.shape[1]
 
     def take(self, index: Tensor, out: Tensor) -> None:
-        """Copy the rows at `index` int64 `[n]` into `out` `[n, size * D]`."""
         pages, which = (index // self.each).cpu().unique(return_inverse=True)
         # blocks that lie across two pages may need more than the pool has: in two goes
         if len(pages) > self.pool.pages:
@@ -126,7 +124,7 @@ class PooledHeadRows:
             return
         with self.pool.store.lock:
             slots = self.pool.slots(self.head, pages, self.reader)[which].to(index.device)
-            torch.index_select(self.rows, 0, slots * self.each + index % self.each, out=out)
+            torch.index_select(self.rows[0], 0, slots * self.each + index % self.each, out=out)
 
 
 class OffloadedStore(Store):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, inf
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -102,17 +102,8 @@ class BlockTable:
         return runs
 
 
-class HeadRows(Protocol):
-    """One head's keys (or values) to pick from, rows of `width` numbers each."""
-
-    width: int
-
-    def take(self, index: Tensor, out: Tensor) -> None:
-        """Copy the rows at `index` int64 `[n]` into `out` `[n, width]`."""
-
-
-class ArenaHeadRows:
-    """One head's keys in each arena, `[rows, gather_size * D]`, to pick by an index that counts
+class HeadRows:
+    """One head's keys (or values) in each arena, `[rows, width]`, to pick by an index that counts
     through all arenas. `first`: that of each arena's first row."""
 
     def __init__(self, rows: list[Tensor], first: list[int]) -> None:
@@ -120,7 +111,8 @@ class ArenaHeadRows:
         self.bounds = torch.tensor(first[1:], device=rows[0].device) if first[1:] else None
 
     def take(self, index: Tensor, out: Tensor) -> None:
-        """As `HeadRows.take`, run by run of indices into the same arena."""
+        """Copy the rows at `index` int64 `[n]` into `out` `[n, width]`, run by run of indices into
+        the same arena."""
         if self.bounds is None:
             torch.index_select(self.rows[0], 0, index, out=out)
             return
@@ -255,7 +247,7 @@ class Store:
         """Every head's rows of `size` tokens."""
         views = [arena[heads].unflatten(1, (-1, size)).flatten(2) for arena in self.arenas]
         first = [bound * self.page // size for bound in self.bounds]
-        return [ArenaHeadRows(list(rows), first) for rows in zip(*views, strict=True)]
+        return [HeadRows(list(rows), first) for rows in zip(*views, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,7 +314,7 @@ def head_rows_of(keys: KeyRows, block_k: int) -> Sequence[HeadRows]:
         return keys.store.head_rows(keys.heads, keys.store.gather_size(keys.start, block_k))
     whole = keys.shape[1] // block_k * block_k
     blocks = keys[:, :whole].unflatten(1, (-1, block_k)).flatten(2)
-    return [ArenaHeadRows([rows], [0]) for rows in blocks]
+    return [HeadRows([rows], [0]) for rows in blocks]
 
 
 def block_index(keys: KeyRows, ids: Tensor, block_k: int) -> Tensor:

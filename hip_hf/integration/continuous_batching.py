@@ -27,7 +27,7 @@ import transformers
 
 from hip_hf.attention import Result, attend
 from hip_hf.backends.keys_read import Count, density_of
-from hip_hf.cache.pages import ArenaHeadRows, BlockTable, PagedTensor, Store
+from hip_hf.cache.pages import BlockTable, HeadRows, PagedTensor, Store
 from hip_hf.config import HiPConfig
 from hip_hf.integration.changes import at_undo, wrap
 from hip_hf.integration.settings import attends_by_us
@@ -60,8 +60,8 @@ class TokenMajorStore(Store):
         head = torch.arange(heads.start, heads.stop, device=token.device)
         return token * self.heads + head.view(-1, *[1] * (token.ndim - 1))
 
-    def head_rows(self, heads: slice, size: int) -> list[ArenaHeadRows]:
-        return [ArenaHeadRows([self.rows.view(-1, self.dim)], [0])] * (heads.stop - heads.start)
+    def head_rows(self, heads: slice, size: int) -> list[HeadRows]:
+        return [HeadRows([self.rows.view(-1, self.dim)], [0])] * (heads.stop - heads.start)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -64,11 +65,9 @@ def explain(model: nn.Module) -> Report:
             check_model(module, module.config._attn_implementation)
     rows = []
     for module in attention_layers(model):
-        layer = layer_index(module)
+        what: tuple[Any, ...] = ("-", "not called", "", None, "-")
         call: Call | None = module.__dict__.get("_hip_call")
-        if call is None:
-            rows.append(Row(layer, "-", "not called", "", None, "-"))
-        else:
-            what = (call.method, call.path, call.reason, call.density, call.cache)
-            rows.append(Row(layer, *what, call.unmasked))
+        if call is not None:
+            what = (call.method, call.path, call.reason, call.density, call.cache, call.unmasked)
+        rows.append(Row(layer_index(module), *what))
     return Report(rows)
