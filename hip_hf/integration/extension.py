@@ -66,14 +66,11 @@ def check_extension(settings: HiPConfig, config: Any) -> None:
     if settings.extend is None:
         return
     field = f"HiPConfig.extend: got {settings.extend!r}, allowed for this model: None"
-    kind = config.model_type
-    if kind not in (*families(), *ROTATED_BACK):
+    kind, known = config.model_type, (*families(), *ROTATED_BACK)
+    if kind not in known:
         why = _NOT_ROTATED_BACK.get(kind, "its layout of RoPE is not known")
-        known = " | ".join((*families(), *ROTATED_BACK))
-        why = (
-            f"{kind} has no patcher, and its keys cannot be rotated back: {why}; known are {known}"
-        )
-        raise ValueError(f"{field} ({why})")
+        why = f"its keys cannot be rotated back: {why}; known are {' | '.join(known)}"
+        raise ValueError(f"{field} ({kind} has no patcher, and {why})")
     rope = getattr(config, "rope_parameters", None)
     name = rope.get("rope_type", "default") if isinstance(rope, dict) else None
     if name not in ROPE_TYPES:

@@ -117,8 +117,8 @@ def layer_in_graph(
     if said["is_causal"] is None:
         said["is_causal"] = getattr(module, "is_causal", True)
     sinks = fields.get("s_aux")
-    tensors = (query, key, value, sinks)
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    tensors = _given(query, key, value, sinks)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if mask is not None and hasattr(mask, "_hip_window"):
         made: Any = mask
         said |= dict(sliding_window=made._hip_window, unmasked=made._hip_unmasked)

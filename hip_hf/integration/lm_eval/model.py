@@ -169,7 +169,7 @@ class HipLM(HFLM):
             pretrained.set_attn_implementation(name)
         self._ends_in_padding: dict[tuple[int, ...], int] = {}
         super().__init__(pretrained, **rest)
-        self.settings = self.use(**self._fields)
+        self.use(**self._fields)
         if hasattr(self, "accelerator") and self.world_size == 1 and rest.get("tp_plan") is None:
             # HFLM shares the work among processes only where it sees several GPUs; without this
             # each would do all of it

@@ -54,10 +54,6 @@ def layers_of(model: nn.Module) -> list[tuple[nn.Module, Patcher]]:
 
 
 def layers_to_extend(model: nn.Module) -> list[tuple[nn.Module, Patcher]]:
-    """The layers to patch for settings that extend the context, none where the family has no
-    patcher. The model may attend by `hip` later on.
-
-    Raises:
-        ValueError: the model has not the layers of its family.
-    """
+    """`layers_of` for settings that extend the context, none where the family has no patcher. The
+    model may attend by `hip` later on."""
     return layers_of(model) if text_config(model).model_type in _FAMILIES else []
