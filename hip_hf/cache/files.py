@@ -71,9 +71,9 @@ def write_tensors(path: Path, facts: dict[str, Any], tensors: dict[str, Parts]) 
         raise
 
 
-def refuse_file(path: Path, got: object, allowed: str) -> None:
-    """Raise ValueError for a file that holds something else than it should."""
-    raise refused(f"path {str(path)!r}", got, allowed)
+def refused_file(path: Path, got: object, allowed: str) -> ValueError:
+    """The error for a file that holds something else than it should."""
+    return refused(f"path {str(path)!r}", got, allowed)
 
 
 @contextlib.contextmanager
@@ -90,10 +90,9 @@ def reading(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
         got = f"a truncated or foreign file ({error})"
-        allowed = "one of HiPCache.save"
-        raise ValueError(f"path {str(path)!r}: got {got}, allowed: {allowed}") from None
+        raise refused_file(path, got, "one of HiPCache.save") from None
     with file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            refuse_file(path, f"format {metadata.get('format')!r}", f"{FORMAT!r}")
+            raise refused_file(path, f"format {metadata.get('format')!r}", f"{FORMAT!r}")
         yield file, {name: json.loads(fact) for name, fact in metadata.items() if name != "format"}

@@ -175,18 +175,18 @@ class HiPCache(DynamicCache):
         with files.reading(path) as (file, facts):
             if facts["model"] != model:
                 got = f"a cache of {json.dumps(facts['model'])}"
-                files.refuse_file(path, got, f"one of this model, {json.dumps(model)}")
+                raise files.refused_file(path, got, f"one of this model, {json.dumps(model)}")
             made, wanted = facts.get("made_of", {}), json.loads(json.dumps(made_of))  # as in a file
             for name in {} if wanted is None else {**wanted, **made}:
                 got, asked = made.get(name), wanted.get(name)
                 if got != asked:
-                    files.refuse_file(
+                    raise files.refused_file(
                         path, f"a cache made with {name}={got!r}", f"{name}={asked!r}"
                     )
             kinds, saved = [_file_kind(layer) for layer in self.layers], facts["layers"]
             found = [layer["kind"] for layer in saved]
             if found != kinds:
-                files.refuse_file(path, f"layers {found}", f"{kinds}, as this model has")
+                raise files.refused_file(path, f"layers {found}", f"{kinds}, as this model has")
             names = set(file.keys())
             fresh: list[Any] = []
             layer: Any
