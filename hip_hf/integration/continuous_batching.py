@@ -14,9 +14,9 @@ raises instead of computing garbage.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import itertools
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -305,7 +305,7 @@ _packing = threading.local()  # `on` in the thread that runs the packed calls of
 def open_gate() -> None:
     """Let models that attend by `hip` into continuous batching as they are, with their new tokens
     left to the attention function. Harmless when called again."""
-    module = sys.modules.get(GATE)  # all of Transformers' models import it
+    module = importlib.import_module(GATE)  # as all of Transformers' models do
     manager = getattr(module, "ContinuousBatchingManager", None)
     cache: Any = getattr(module, "PagedAttentionCache", None)
     gate: list[tuple[Any, str, Callable[..., Any]]]

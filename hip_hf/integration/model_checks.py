@@ -31,15 +31,15 @@ NO_ATTENTIONS = (
     "output_attentions: got True, allowed: False (the attention matrix never exists; use `eager`)"
 )
 
-# the last settings that were found to be valid, and the model's config that they suit
-_valid: tuple[weakref.ref[Any], dict[str, Any]] | None = None
+_valid: dict[str, Any] | None = None  # the last settings that were found to be so
+# the last that name layers or extend the context, with the model's config that they suit
+_fitting: tuple[weakref.ref[Any], dict[str, Any] | None] | None = None
 
 
 def check_config(config: Any) -> None:
     """Raise ValueError, before a forward has touched anything, for a model config with invalid
     settings, with layers that the model does not have, with `extend` for a model that cannot, or
-    with outputs that we cannot give. Settings are looked at only where they are not the last
-    ones."""
+    with outputs that we cannot give. Settings are looked at only where the last ones differ."""
     if getattr(config, "output_attentions", False):
         raise ValueError(NO_ATTENTIONS)
     raw = getattr(config, "hip", None)
@@ -52,12 +52,17 @@ def check_config(config: Any) -> None:
 @torch.compiler.assume_constant_result
 def _check_settings(config: Any, raw: Mapping[str, Any]) -> None:
     """`check_config` of the settings `raw`."""
-    global _valid
-    if _valid is None or _valid[0]() is not config or _valid[1] != raw:
+    global _valid, _fitting
+    if raw != _valid:
+        read_settings(config)
+        _valid = copy.deepcopy(dict(raw))
+    named = raw.get("layers") or isinstance(raw.get("dense_layers"), (list, tuple))
+    of_model = named or raw.get("extend") is not None
+    if of_model and (_fitting is None or _fitting[0]() is not config or _fitting[1] != raw):
         settings = read_settings(config)
         check_layers(settings, config)
         check_extension(settings, config)
-        _valid = weakref.ref(config), copy.deepcopy(dict(raw))
+        _fitting = weakref.ref(config), _valid
 
 
 def check_layers(settings: HiPConfig, config: Any) -> None:
