@@ -372,7 +372,7 @@ def test_the_model_has_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
         "hyper": dict(method="hyper", options=options),
         "delta": dict(delta=32),
     }
-    q, k, v = plan(heads=4, kv_heads=2).random("fp32", 160, 160, torch.device(DEVICE))
+    q, k, v = plan(heads=4, kv_heads=2).random("fp32", 160, 160)
     found = {
         name: launched(monkeypatch, partial(ours, q, k, v, replace(config, **own)))
         for name, own in fields.items()
