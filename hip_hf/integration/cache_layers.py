@@ -84,6 +84,12 @@ class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer)
     """The same with the running state of linear attention or of a convolution beside it."""
 
 
+def forget_newest() -> None:
+    """A forward of a model begins. What was updated last is another's, whose attention, if it was
+    not one of hip_hf, has not asked for it."""
+    newest.__dict__.clear()
+
+
 def state_of(keys: torch.Tensor, model_type: str) -> DecodeState | None:
     """Return the decode state, if any, of the cache layer that returned `keys` `[B, Hkv, T, D]`, or
     what they were made of."""

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from hip_hf.geometry import Span
+from hip_hf.integration.cache_layers import forget_newest
 from hip_hf.integration.extension import refuse_followed
 from hip_hf.integration.model_checks import check_config, refuse_foreign_model
 from hip_hf.problem import exporting, tracing
@@ -87,6 +88,8 @@ def hip_mask(
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         got = f"shape {tuple(attention_mask.shape)} for a batch of {batch_size}"
         raise refused("attention_mask", got, "one row of 0 and 1 for each row of the batch")
+    if not torch.compiler.is_compiling():
+        forget_newest()
     parts = {} if exported else _parts(mask_function)
     causal = not (exported or kwargs.get("use_vmap")) and parts.keys() <= _CAUSAL
     if not causal or _computes_with_it(config, q_length, parts, kwargs):

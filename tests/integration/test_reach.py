@@ -129,6 +129,20 @@ def test_state_of_hybrid_layers_and_of_rebuilt_keys(
     torch.testing.assert_close(kept, run()[0], atol=1e-4, rtol=1e-4)
 
 
+def test_rebuilt_keys_take_no_state_of_another_models_cache() -> None:
+    """A model that attends by `sdpa` fills a cache, whose state nobody asks for; the next model has
+    no cache of its own."""
+    other, model = build("causal", "llama", "sdpa"), build("causal", "deepseek_v3", "hip")
+    hip_hf.configure(model, **SPARSE)
+    cache = hip_hf.HiPCache(other.config)
+    with torch.no_grad():
+        other(**make_batch([200]), past_key_values=cache)
+        model(**make_batch([200]), use_cache=False)
+    assert {row.path for row in hip_hf.explain(model)} == {"sparse"}
+    assert {row.cache for row in hip_hf.explain(model)} == {"none"}
+    assert not any(layer.hip_state.rows for layer in cache.layers)
+
+
 def test_hybrid_pages_follow_beams_and_resets() -> None:
     results = []
     for implementation in ("eager", "hip"):
