@@ -1,4 +1,5 @@
-"""`hip-hf chat`: questions about one document, which is read once."""
+"""`hip-hf chat`: questions about one document. It is read once, and each turn computes its new
+tokens only."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def typed() -> Iterator[str]:
 
 
 def fill(talk: Conversation, file: Path | None) -> bool:
-    """Fill the cache with the document, from the file if it is there. Whether it was."""
+    """Get the document into the cache, from the file if there is one, else by reading it. Whether
+    it was loaded."""
     if file is not None and file.exists():
         otherwise = "; give another file, or delete it and the document is read again"
         with inputs.user_errors("--cache", after=otherwise):

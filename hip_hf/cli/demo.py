@@ -53,7 +53,8 @@ DRAWN = Option(help="PNG file of which key blocks each query block reads.")
 
 
 def load_for_demo(run: DemoRun, attn: str) -> tuple[Any, Any, HiPConfig]:
-    """Model, tokenizer and settings; no progress bar but the command's own."""
+    """Return model, tokenizer and settings. The library's own progress bar is off, for the command
+    shows one itself."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -76,7 +77,8 @@ def answer_in_own_process(run: DemoRun) -> dict[str, Any]:
 
 
 def draw(file: Path, run: DemoRun, fact: Fact) -> None:
-    """The picture of who reads what in the first prompt, by the dense model's tensors."""
+    """The picture of who reads what in the first prompt, computed from the dense model's queries
+    and keys."""
     model, tokenizer, settings = load_for_demo(run, "sdpa")
     prompt = run.prompts[0]
     marks = {fact.name: demo.position_of(tokenizer, prompt, fact)}
@@ -112,22 +114,28 @@ def prepare(
     return prompts, new_tokens, tokens > longest
 
 
+def verdicts(question: dict[str, Any]) -> dict[str, Any]:
+    """A question's row for people: answers followed by right or wrong."""
+    row = dict(question)
+    for attn in IMPLEMENTATIONS:
+        row[attn] += " (right)" if row[attn] == question["hidden"] else " (wrong)"
+    return row
+
+
 def conclude(
     title: str, rows: list[Any], as_json: bool, layers: list[Report], heading: str = "", **more: Any
 ) -> None:
-    """Show a row for each attention, the `questions` of what there is `more` under a heading, right
-    answers and wrong ones told apart, and `layers` after the prompt and the last step."""
+    """Show a row for each attention, the `questions` of what there is `more` under a heading, and
+    `layers` after the prompt and the last step."""
     if as_json:
         for name, explained in zip(EXPLAINED, layers, strict=False):
             more[name] = [asdict(layer) for layer in explained]
         report.show(title, rows, True, **more)
         return
     if heading:
-        for row in more["questions"]:
-            for attn in IMPLEMENTATIONS:
-                row[attn] += " (right)" if row[attn] == row["hidden"] else " (wrong)"
-        report.show(heading, more["questions"], False)
-    report.show(title, rows, False, **({"picture": more["picture"]} if "picture" in more else {}))
+        report.show(heading, [verdicts(row) for row in more["questions"]], False)
+    drawn = {"picture": more["picture"]} if "picture" in more else {}
+    report.show(title, rows, False, **drawn)
     for words, found in zip(EXPLAINED.values(), layers, strict=False):
         print_layers(words, found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +13,7 @@ from hip_hf.backends.triton import trust
 from hip_hf.cli.inputs import not_allowed, user_errors
 from hip_hf.cli.presets import Settings, parse_choice, refuse_extension, settings_of, sizes
 from hip_hf.cli.publish import Json, Output, Plot, ReportFile, Targets
+from hip_hf.config import HiPConfig
 from hip_hf.eval.measure import latency
 from hip_hf.eval.reporting import plots
 from hip_hf.eval.reporting.pictures import LATENCY_TITLE
@@ -101,12 +103,7 @@ def main(
         if gpu:
             from hip_hf.eval.measure import gpu_latency
 
-            for config in plan.settings.values():
-                if config.method not in gpu_latency.TIMED_METHODS or config.delta is not None:
-                    what = config.method if config.delta is None else "Delta correction"
-                    methods = f"on a GPU {', '.join(gpu_latency.TIMED_METHODS)}"
-                    allowed = f"{methods}, without Delta correction, which is not timed"
-                    raise not_allowed("--settings", what, allowed)
+            check_timed(plan.settings.values())
             counts = given or gpu_latency.GPU_LENGTHS
             rows, refused = gpu_latency.gpu_latency_rows(plan, wanted, counts, kept)
             extra = {"refused": refused}
@@ -126,3 +123,15 @@ def main(
             lines.append(f"prefill, {fit['dtype']}, {fit['settings']}, {over}: {growth}")
     for line in dict.fromkeys(lines + extra.get("refused", [])):
         print(line)
+
+
+def check_timed(settings: Iterable[HiPConfig]) -> None:
+    """Raise typer.BadParameter for what is not timed on a GPU: other methods have no kernels."""
+    from hip_hf.eval.measure.gpu_latency import TIMED_METHODS
+
+    for config in settings:
+        if config.method not in TIMED_METHODS or config.delta is not None:
+            what = config.method if config.delta is None else "Delta correction"
+            methods = f"on a GPU {', '.join(TIMED_METHODS)}"
+            allowed = f"{methods}, without Delta correction, which is not timed"
+            raise not_allowed("--settings", what, allowed)

@@ -33,10 +33,16 @@ def alike(block: QueryBlock) -> tuple[int, int, int, int]:
     return block.start, block.sink_end, block.rows, block.first - block.window_start
 
 
+def near_ranges(block: QueryBlock) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and end of the sink, and of the window up to the block's own last key, which a query
+    block reads in any case."""
+    return (block.start, block.sink_end), (block.window_start, block.last + 1)
+
+
 def always_read(block: QueryBlock) -> tuple[int, int]:
-    """Keys of the sink, and of the window up to the block's own last one, which a query block reads
-    in any case."""
-    return block.sink_end - block.start, block.last + 1 - block.window_start
+    """Keys of the sink and of the window in `near_ranges`."""
+    (start, sink_end), (window_start, end) = near_ranges(block)
+    return sink_end - start, end - window_start
 
 
 class BlockLogits:
@@ -273,8 +279,8 @@ def near_lse(t: Tensors, block: QueryBlock) -> Tensor:
     query, (sink, window) = _scaled_queries(t, block), always_read(block)
     kv_heads, groups, _, _ = query.shape
     logits = scratch.take("logits", (kv_heads, groups, sink + window), query)
-    ends = ((block.start, block.sink_end), (block.window_start, block.last + 1))
-    for (first, end), into in zip(ends, (logits[..., :sink], logits[..., sink:]), strict=True):
+    parts = logits[..., :sink], logits[..., sink:]
+    for (first, end), into in zip(near_ranges(block), parts, strict=True):
         _tile_logits(t, query, block, first, end, into)
     return exponentiate(widened(logits))[1][..., None]
 
@@ -363,8 +369,9 @@ def _positions(block: QueryBlock, ids: Tensor, block_k: int, near: bool) -> Tens
     selected = (ids[..., None] * block_k + torch.arange(block_k, device=ids.device)).flatten(1)
     if not near:
         return selected
-    ends = ((block.start, block.sink_end), (block.window_start, block.last + 1))
-    parts = [torch.arange(*some, device=ids.device).expand(len(ids), -1) for some in ends]
+    parts = [
+        torch.arange(*some, device=ids.device).expand(len(ids), -1) for some in near_ranges(block)
+    ]
     return torch.cat([selected, *parts], dim=1)
 
 

@@ -132,8 +132,11 @@ class DeviceState:
         if self.pyramid is not None:
             self.pyramid.reorder(index)
         blocks, counts, window, made = (x[index] for x in self.tensors()[-4:])
-        self.selection, scratch = SelectionBuffers(blocks, counts, window, made), self.scratch.out
-        self.scratch = DecodeScratch.make(len(scratch), scratch[0, index], scratch.shape[4])
+        self.selection, scratch = SelectionBuffers(blocks, counts, window, made), self.scratch
+        shape = (scratch.out.shape[0], len(indices), *scratch.out.shape[2:])
+        self.scratch = DecodeScratch(
+            scratch.out.new_empty(shape), scratch.lse.new_empty(shape[:-1])
+        )
 
 
 def reads_of(config: HiPConfig, selection: SelectionBuffers, block_q: int) -> Reads:

@@ -23,7 +23,8 @@ from hip_hf.methods.base import options_of, selector_for, selects
 
 @dataclass(frozen=True)
 class AttentionCost:
-    """Sums over query rows, for one query head. `dense`: what dense attention takes for them."""
+    """Sums over query rows, for one query head. `dense` is what dense attention takes for the same
+    rows."""
 
     rows: int = 0
     read: int = 0  # keys
@@ -96,32 +97,23 @@ def call_cost(
 ) -> AttentionCost:
     """Cost of the query blocks `blocks` of a call whose rows sit at `first` to `end - 1`: their
     own, their part of what is done once for the call, and Delta's dense rows among theirs."""
-    per_key = dim + value_dim
-    if config.method == "hyper":  # for the rows from the first of `blocks` on
-        since, options = blocks[0].first, options_of(config, hyper.Options)
-        hashing, attention, read = hyper.flops(options, first, end, dim, value_dim, since)
-        visible = keys_seen(since, end - 1, None)
-        loads = sum(block.last + 1 for block in blocks)
-        # a block of rows loads its own block and the sample; the leaves are dense
-        loaded = round(loads * (read / visible))
-        flops = hashing, attention, visible * 2 * per_key
-        moved = (0, loaded * per_key * itemsize, loads * per_key * itemsize)
-        cost = AttentionCost(end - since, read, visible, *flops, *moved)
+    rows = sum(block.rows for block in blocks)
+    if config.method == "hyper":
+        cost = _hyper(config, blocks, first, end, dim, value_dim, itemsize)
     else:
         shape = dim, value_dim, sliding_window, itemsize
         cost = total_cost(block_cost(config, block, *shape) for block in blocks)
-        rows = sum(block.rows for block in blocks)
         whole = selector_for(config).cost_of_call(end - first, end, dim)
-        searching, numbers = (n * rows // (end - first) for n in whole)
-        cost += AttentionCost(selection=searching, selection_bytes=numbers * itemsize)
+        flops, numbers = (n * rows // (end - first) for n in whole)
+        cost += AttentionCost(selection=flops, selection_bytes=numbers * itemsize)
     if config.delta is not None:
         dense = anchors(first, end, config.delta, None)
         dense = [p for p in dense if any(block.first <= p <= block.last for block in blocks)]
         seen = [keys_seen(p, p, sliding_window) for p in dense]
         # rows meet the keys a few at a time: about as many loads as a query block of them makes
-        loads = sum(seen[:: config.block_q]) * per_key * itemsize
-        attention = sum(seen) * 2 * per_key
-        cost += AttentionCost(read=sum(seen), attention=attention, attention_bytes=loads)
+        loads = sum(seen[:: config.block_q]) * (dim + value_dim) * itemsize
+        flops = sum(seen) * 2 * (dim + value_dim)
+        cost += AttentionCost(read=sum(seen), attention=flops, attention_bytes=loads)
     return cost
 
 
@@ -132,6 +124,28 @@ def prompt_cost(config: HiPConfig, tokens: int, dim: int = 128) -> AttentionCost
     if config.method != "hyper" and selector_for(config).cost(blocks[-1], dim) is None:
         return None
     return call_cost(config, blocks, 0, tokens, dim, dim)
+
+
+def _hyper(
+    config: HiPConfig,
+    blocks: Sequence[QueryBlock],
+    first: int,
+    end: int,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+) -> AttentionCost:
+    """HyperAttention's cost for the rows from the first of `blocks` on."""
+    since, options = blocks[0].first, options_of(config, hyper.Options)
+    hashing, attention, read = hyper.flops(options, first, end, dim, value_dim, since)
+    visible = keys_seen(since, end - 1, None)
+    loads = sum(block.last + 1 for block in blocks)
+    bytes_each = (dim + value_dim) * itemsize
+    # a block of rows loads its own block and the sample; the leaves are dense
+    loaded = round(loads * (read / visible)) * bytes_each
+    dense = visible * 2 * (dim + value_dim)
+    cost = AttentionCost(end - since, read, visible, hashing, attention, dense)
+    return cost + AttentionCost(attention_bytes=loaded, dense_bytes=loads * bytes_each)
 
 
 def total_cost(costs: Iterable[AttentionCost]) -> AttentionCost:

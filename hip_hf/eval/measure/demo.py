@@ -1,4 +1,5 @@
-"""What `hip-hf demo` measures: pass keys, asked for with dense and with pruned attention."""
+"""Pass keys hidden in a long document, asked for with dense and with pruned attention: the
+measuring part of `hip-hf demo`."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def kinds_read(
 
 @torch.no_grad()
 def panels(model: Any, prompt: list[int], settings: HiPConfig) -> list[plots.Panel]:
-    """Who reads what in a prompt, a panel a layer, from queries and keys of a dense model."""
+    """Who reads what in a prompt, a panel for each layer, computed from the queries and keys of a
+    model that attends densely."""
     found = []
     for layer, problem in enumerate(capture(model, torch.tensor([prompt]))):
         kinds, path = kinds_read(problem, settings, layer)
@@ -142,7 +144,8 @@ def question_rows(facts: list[Fact], said: dict[str, list[str]]) -> list[dict[st
 
 @dataclass
 class PromptReading:
-    """One attention's answers, a fact each, and `explain`'s rows (none for PyTorch's)."""
+    """What one attention made of the prompt: an answer for each fact, and `explain`'s rows (none
+    for PyTorch's)."""
 
     answers: list[str]
     first_token_s: float
