@@ -1,5 +1,4 @@
-"""`hip_attention`: attention on tensors. Decides between the sparse path and dense, in one place
-and with a reason."""
+"""Attention on tensors (`hip_attention`), sparse or dense: decided in one place, with a reason."""
 
 from __future__ import annotations
 

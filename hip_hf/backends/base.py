@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -149,13 +149,27 @@ class Executors:
         return self.hyper if kind == "hyper" else self.block_sparse
 
 
+class Attend(Protocol):
+    """A whole call of attention, as `hip_hf.attention.attend` makes it."""
+
+    def __call__(
+        self,
+        problem: AttentionProblem,
+        config: HiPConfig,
+        layer: int | None = None,
+        state: DecodeState | None = None,
+        need_lse: bool = False,
+        need_mask: bool = False,
+    ) -> Result: ...
+
+
 def _missing(*_: object, **__: object) -> Result:
     raise RuntimeError("hip_hf.attention has not been imported")
 
 
 # `hip_hf.attention` puts its own here: the self-test of kernels compares whole calls, and is below
 # it.
-attend: Callable[..., Result] = _missing
+attend: Attend = _missing
 
 
 class BlockSparseCall(Executor):

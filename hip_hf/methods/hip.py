@@ -53,7 +53,7 @@ from hip_hf.workers import scratch
 # Bytes of summaries or keys that are gathered before they are scored: what is still in cache need
 # not be fetched again.
 GATHERED_AT_ONCE = 1 << 21
-# Logits of votes, for candidates that are looked at whole, that are weighed at a time: fewer than
+# Logits weighed at a time where candidates are looked at whole: fewer than
 # `workers.LOGITS_AT_ONCE`, since weighing goes through them several times.
 VOTES_AT_ONCE = 1 << 18
 
@@ -87,8 +87,7 @@ def _room_for(shape: tuple[int, ...], near: Tensor | None, like: Tensor) -> tupl
 
 
 def onward_of(config: HiPConfig) -> float:
-    """The share of a block's score that the block after it gets as well: none of best logits, which
-    are no shares."""
+    """The share of a block's score that the next block gets as well: none of best logits."""
     return base.options_of(config, Options).onward if config.score == "mass" else 0.0
 
 

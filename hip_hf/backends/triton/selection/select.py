@@ -1,5 +1,4 @@
-"""The tree search (`methods/hip.py` is its readable twin): the whole descent of a query block in
-one program.
+"""The tree search (`methods/hip.py` is its readable twin).
 
 One program per sequence, mask head and query block scores the start level, keeps the best, scores
 their children, down to single key blocks, and looks at the best of those exactly if asked.
