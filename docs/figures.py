@@ -1,5 +1,5 @@
-"""The documentation's figures and tables, from the package's own code, its checkpoint and the saved
-results.
+"""The documentation's pictures, and tables of what the package has, from its own code, its
+checkpoint and the saved results (`tables.py` has those of measured figures).
 
 `PYTHONPATH=tests python docs/figures.py` draws the README's picture again.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sweep
+import tables
 import torch
 from transformers.utils import logging
 
@@ -33,18 +34,6 @@ ROOT = HERE.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOKENS, FACTS = 4096, 1
 LAYER = 2
-# The table of a real model's answers: its columns, its rows as the results name them, and the
-# figures that are of each document.
-ANSWER_COLUMNS = (
-    "tokens, settings", "document", "keys read", "digits right", "answers right", "digits' NLL",
-    "perplexity, times dense", "selection / attention",
-)  # fmt: skip
-ANSWERS = {
-    "dense": "dense",
-    f"defaults @ {HiPConfig.budget}": f"defaults (`budget={HiPConfig.budget}`)",
-    "defaults @ 256": "`budget=256`",
-}
-FIGURES = (("digits", 3), ("answers_right", 2), ("nll", 3))
 SMALL = dict(budget=128, window=256, sink=64, dense_tail=0, dense_below=0)
 
 
@@ -150,39 +139,6 @@ def draw_readings(
     )
 
 
-def answers() -> str:
-    """The table of a real model's answers, of both documents, as the README shows it."""
-    lines = [f"| {' | '.join(ANSWER_COLUMNS)} |", "|---" * len(ANSWER_COLUMNS) + "|"]
-    for length, *names in (
-        (4096, "needles_4k", "needles_code_4k"),
-        (8192, "needles", "needles_code"),
-    ):
-        files = [
-            json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names
-        ]
-        for settings, title in ANSWERS.items():
-            rows = [row for file in files for row in file["rows"] if row["settings"] == settings]
-            if len(rows) < len(files):
-                raise ValueError(
-                    f"benchmarks/results: measure {names} with {settings!r}, which README.md shows"
-                )
-            cells = [
-                f"{length:,}, {title}",
-                " / ".join(row["document"] for row in rows),
-                f"{100 * rows[0]['read']:.0f} %",
-            ]
-            cells += [
-                " / ".join(f"{row[name]:.{digits}f}" for row in rows) for name, digits in FIGURES
-            ]
-            if settings == "dense":
-                cells += ["", ""]
-            else:
-                cells += [" / ".join(f"{row['perplexity_over_dense']:.3f}" for row in rows)]
-                cells += [f"{rows[0]['selection_over_attention']:.2f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def methods() -> str:
     """The table of methods and their options, from what each declares."""
     lines = ["| method | reads, besides sink and window | options |", "|---|---|---|"]
@@ -238,7 +194,7 @@ def make_all(folder: Path) -> None:
             json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")),
             folder / f"{name}.png",
         )
-    (folder / "answers.md").write_text(answers(), encoding="utf-8")
+    (folder / "answers.md").write_text(tables.answers(), encoding="utf-8")
     (folder / "methods.md").write_text(methods(), encoding="utf-8")
     (folder / "not_extending.md").write_text(not_extending(), encoding="utf-8")
     (folder / "machines.md").write_text(machines(), encoding="utf-8")

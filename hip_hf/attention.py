@@ -51,8 +51,8 @@ DENSE_BELOW_GPU = (16384, 65536, 65536, 65536)
 def dense_reason(
     problem: AttentionProblem, config: HiPConfig, layer: int | None, stateless: bool
 ) -> tuple[str, bool]:
-    """Why this call must be dense, or an empty string; and whether that is for want of support. The
-    only such decision."""
+    """Why this call must be dense, or an empty string; and whether that is for want of support. All
+    that settings and a problem decide is decided here."""
     if config.method == "dense":
         return "method is dense", False
     if config.is_dense_layer(layer):
@@ -115,8 +115,7 @@ def attend(
 ) -> Result:
     """Attention of a validated problem. Rows outside every span give 0, and -inf as log-sum-exp.
 
-    Whatever fails or interrupts it, the state is never left half changed: it forgets all, and the
-    next call starts afresh."""
+    If the call fails or is interrupted, the state forgets all, and the next call starts afresh."""
     try:
         return _attend(problem, config.for_layer(layer), layer, state, need_lse, need_mask)
     except BaseException as error:

@@ -311,6 +311,11 @@ class HiPConfig:
         return _method(self.method).selected_keys(self)
 
     @property
+    def sink_end(self) -> int:
+        """Where the first keys end that every row reads: `sink`, in whole key blocks."""
+        return -(-self.sink // self.block_k) * self.block_k
+
+    @property
     def sparse_reach(self) -> int:
         """Keys that the sparse path reads for a row at most: a context up to this long it reads
         whole."""

@@ -99,8 +99,8 @@ def make_query_block(
     if window is None:
         window = max(0, first - config.window) // bk * bk
     window = max(window, start)
-    sink = min(max(-(-config.sink // bk) * bk, start), window)
-    return QueryBlock(row, first, last, start, sink, sink // bk, window // bk, window)
+    sink_end = min(max(config.sink_end, start), window)
+    return QueryBlock(row, first, last, start, sink_end, sink_end // bk, window // bk, window)
 
 
 def query_blocks(

@@ -34,8 +34,8 @@ FEWEST_POSITIONS = 1024
 
 
 class Rope:
-    """The rotation of a model: pairs `(i, i + R / 2)` of the first `R` of the head's numbers turn
-    by `position * inv_freq[i]`.
+    """The rotation of a model: pairs `(i, i + R / 2)` of the first `R` of the head's numbers are
+    rotated by `position * inv_freq[i]`.
 
     `inv_freq` fp32 `[R / 2]`. `scaling`: what the model multiplies cosine and sine with (YaRN), for
     q and for k; q carries both.
@@ -54,7 +54,7 @@ class Rope:
 
     @property
     def dim(self) -> int:
-        """Numbers of a head that turn."""
+        """Numbers of a head that are rotated."""
         return 2 * len(self.inv_freq)
 
     def tables(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -65,11 +65,11 @@ class Rope:
             most = max(FEWEST_POSITIONS, 1 << (count - 1).bit_length())
             # they outlive the mode they are made in
             with torch.inference_mode(False), torch.no_grad():
-                known = self._turns(0, most, dtype, device)
+                known = self._cos_sin(0, most, dtype, device)
             self._tables[key] = known
         return known
 
-    def _turns(
+    def _cos_sin(
         self, first: int, end: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[end - first, R / 2]` of the positions `first` to `end - 1`."""
@@ -104,7 +104,7 @@ class Rope:
         rotated back."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         # no table: positions grow with the context
-        cos, sin = self._turns(first, first + x.shape[-2], dtype, x.device)
+        cos, sin = self._cos_sin(first, first + x.shape[-2], dtype, x.device)
         out = rotate(x.to(dtype), cos, sin, back=True)
         if self.scaling != 1.0:
             out[..., : self.dim].div_(self.scaling)
@@ -141,7 +141,7 @@ class Positions:
         if config.method == "dense":
             return
         selected = config.selected_keys
-        reach = -(-config.sink // config.block_k) * config.block_k + selected + config.window
+        reach = config.sink_end + selected + config.window
         if max(reach, config.block_q) > self.trained:
             names = "sink + budget + window" if selected else "sink + window"
             got = f"{reach} keys and block_q={config.block_q}"
@@ -150,7 +150,8 @@ class Positions:
 
     def streaming(self, query: Tensor, keys: int) -> Tensor:
         """Queries `[..., rows, D]` of a query block in their places, the last of the `keys` that it
-        reads. As they are where rounding to blocks makes these more than was trained for."""
+        reads. They stay unrotated where rounding to blocks makes these more than the trained
+        length."""
         if keys > self.trained:
             return query
         return self.rope.queries(query, keys - query.shape[-2], self.trained)

@@ -48,8 +48,9 @@ class PagePool:
         changed."""
         missing = count - len(self.free)
         if missing > 0:
-            # by half of what there is, so that a growing sequence has few arenas; if it has one
-            # alone also the first time: one that a prompt fills would be copied at the first step
+            # by half of what there is, so that a growing sequence has few arenas. A single arena
+            # grows so the first time, too: filled by the prompt, it would be copied at the first
+            # decode step.
             if self.one_piece:
                 missing += min((len(self.ref_count) + missing) // 2, MOST_SPARE)
             self._grow(max(missing, min(len(self.ref_count) // 2, MOST_SPARE)))

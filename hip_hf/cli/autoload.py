@@ -19,8 +19,8 @@ from typer import Argument
 from hip_hf.cli.inputs import not_allowed
 from hip_hf.cli.publish import Json
 from hip_hf.eval.reporting import report
+from hip_hf.integration.changes import AUTOLOAD
 
-HOOK = "hip_hf_autoload"
 ACTIONS = ("enable", "disable", "status")
 
 # Must not import hip_hf when Python starts: that would import torch into every program.
@@ -33,7 +33,7 @@ from importlib.machinery import PathFinder
 
 
 class _Finder:
-    """Finds one module, once, and when it has been imported calls functions of ours."""
+    """Finds one module, once, and when it has been imported calls the given functions."""
 
     def __init__(self, module, integration, *names):
         self.module = module
@@ -74,7 +74,7 @@ sys.meta_path.insert(0, _Finder("transformers.cli.serving.model_manager", "serve
 def files() -> dict[Path, str]:
     """What is installed: path and content."""
     site = Path(sysconfig.get_path("purelib"))
-    return {site / f"{HOOK}.py": SOURCE, site / f"{HOOK}.pth": f"import {HOOK}\n"}
+    return {site / f"{AUTOLOAD}.py": SOURCE, site / f"{AUTOLOAD}.pth": f"import {AUTOLOAD}\n"}
 
 
 def state() -> str:

@@ -1,5 +1,5 @@
-"""`hip-hf lm-eval`: lm-eval's own command, which knows `hip`, our tasks, and presets for the
-benchmarks on the hub."""
+"""`hip-hf lm-eval`: lm-eval's own command, which also knows `hip`, the tasks of hip_hf, and
+presets for the benchmarks on the hub."""
 
 from __future__ import annotations
 

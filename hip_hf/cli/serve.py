@@ -59,9 +59,9 @@ def _signature() -> inspect.Signature:
         MODEL_OPTION: {"annotation": Annotated[str, argument], "default": inspect.Parameter.empty},
         ATTN_OPTION: {"default": "hip"},
     }
-    _, *theirs = inspect.signature(Serve.__init__).parameters.values()  # but `self`
+    _, *others = inspect.signature(Serve.__init__).parameters.values()  # but `self`
     *own, _ = inspect.signature(main, eval_str=True).parameters.values()  # but `options`
-    return inspect.Signature([*(p.replace(**changed.get(p.name, {})) for p in theirs), *own])
+    return inspect.Signature([*(p.replace(**changed.get(p.name, {})) for p in others), *own])
 
 
 vars(main)["__signature__"] = _signature()

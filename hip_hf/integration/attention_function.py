@@ -19,9 +19,9 @@ def attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Attend as `attend_layer` does, query `[B, Hq, Tq, D]` and key `[B, Hkv, Tk, D]` ->
-    `[B, Tq, Hq, Dv]`. A `HiPCache` has the call's tokens already: where attention fails, it is told
-    so and is unusable from then on. If it has cut off its gradients, whoever asks for them is told
-    so."""
+    `[B, Tq, Hq, Dv]`. A `HiPCache` has the call's tokens already, so it is marked as unusable where
+    attention fails. A backward pass through tokens whose gradients it has cut off raises an
+    error."""
     if torch.compiler.is_compiling():
         return _compiled(module, query, key, *args, **kwargs)
     try:

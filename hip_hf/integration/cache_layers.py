@@ -85,8 +85,8 @@ class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer)
 
 
 def forget_newest() -> None:
-    """A forward of a model begins. What was updated last is another's, whose attention, if it was
-    not one of hip_hf, has not asked for it."""
+    """Forget which cache layer was updated last, as a forward of a model begins. A model before it
+    that does not attend by hip_hf has left its own there."""
     newest.__dict__.clear()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial, wraps
 from typing import Any
 
+# The module that Python imports when it starts, after `hip-hf autoload enable`.
+AUTOLOAD = "hip_hf_autoload"
 _MISSING = object()
 _undo: list[Callable[[], object]] = []
 
@@ -53,6 +56,8 @@ def at_undo(back: Callable[[], object]) -> None:
 
 
 def undo() -> None:
-    """Take all changes back, the latest first, but for what something else has replaced since."""
+    """Take all changes back, the latest first, but for what something else has replaced since.
+    Finders of autoload, which wait for an import that would make some, are removed."""
     while _undo:
         _undo.pop()()
+    sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != AUTOLOAD]

@@ -1,5 +1,5 @@
-"""What most decode steps of a patched layer are: one token a sequence. None of the interface's
-questions is asked again, and the numbers are the interface's to the bit.
+"""The usual decode step of a patched layer: one token a sequence. It skips the checks of the
+interface, and gives the same bits.
 
 Where nothing is selected, and all that the step reads but its own key lies side by side already
 (`torch/decode_buffer.py`), the token goes straight into its page and into what is gathered, without

@@ -317,8 +317,7 @@ class HiPCache(DynamicCache):
 
 
 def _at_defaults(arguments: dict[str, Any]) -> bool:
-    """Whether arguments of `DynamicCache` say nothing that its defaults do not; those that it does
-    not have say something."""
+    """Whether all arguments have the defaults of `DynamicCache`. Unknown arguments do not."""
     defaults = inspect.signature(DynamicCache.__init__).parameters
     values = {name: parameter.default for name, parameter in defaults.items()}
     return all(name in values and values[name] is x for name, x in arguments.items())
@@ -363,14 +362,14 @@ def _new_dynamic_cache(cls: type, *args: Any, **kwargs: Any) -> Any:
 def install_caches() -> None:
     """Let caches be these: the dynamic cache made from a model's config a `HiPCache`, and the
     full-attention layers of a static cache layers with a decode state."""
-    ours = {
+    replaced = {
         StaticLayer: HiPStaticLayer,
         LinearAttentionAndStaticFullAttentionLayer: HiPHybridStaticLayer,
     }
     mapping = cache_utils.STATIC_LAYER_TYPE_MAPPING
     for name, layer in list(mapping.items()):
-        if layer in ours:
-            set_item(mapping, name, ours[layer])
+        if layer in replaced:
+            set_item(mapping, name, replaced[layer])
     if "__new__" not in vars(DynamicCache):
         # what a class once had in this place cannot be deleted: `object.__new__` would refuse all
         # arguments ever after

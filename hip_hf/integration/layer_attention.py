@@ -113,7 +113,7 @@ def attend_layer(
         if not unrotated:
             query, key = unrotate(positions, query, key, cache)
     spans, why, runs = None, "", []
-    if cache is not None:  # continuous batching: packed requests, whose mask says nothing we need
+    if cache is not None:  # its requests are packed, and their mask is not needed
         kind = "continuous batching"
         if sliding_window is None:
             sliding_window = getattr(module, "sliding_window", None)

@@ -5,8 +5,8 @@ int32 `[B, 1, 1, Tk]`: `LAST` plus the position of each key relative to the last
 call, or `PAD` where a key is padding. Of `n` query rows, row `i` sees the keys up to
 `LAST + i - (n - 1)` and, in a sliding window, none further back than that. Counted from the last
 row, because a model may go on with its last rows only (Gemma 4, whose last layers reuse earlier
-keys): the mask then still holds. Counted from `LAST`, because a mask that a model adds numbers to
-must not pass for numbers to add. Being 4-D it passes a second mask creation untouched; it carries
+keys): the mask then still holds. Counted from `LAST`, so that a mask to which a model has added
+numbers is found out and refused. Being 4-D it passes a second mask creation untouched; it carries
 padding, offsets and the unfilled slots of static caches.
 
 The mask of sequences packed into rows is int64 of the same shape: `LAST` for the keys of a row's

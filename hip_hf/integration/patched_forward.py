@@ -1,7 +1,7 @@
 """The forward of a patched attention layer: its family's `Patcher` says how the layer is put
 together.
 
-A patched layer hands q and k to our attention before RoPE when the settings extend the context, and
+A patched layer hands q and k to `hip` before RoPE when the settings extend the context, and
 otherwise does what the original does, to the bit. Nothing is read from the interface's tables in
 between. Weights, submodules and parameters stay where they are; the only change to a layer is what
 is called as its `forward` (and as its replica is made, for `nn.DataParallel`).
@@ -59,7 +59,7 @@ class PatchedForward:
 
 def forward(
     self: Any,
-    ours: PatchedForward,
+    change: PatchedForward,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -75,17 +75,17 @@ def forward(
     """
     name = self.config._attn_implementation or ""
     if name not in NAMES:
-        call = ours.original or MethodType(type(self).forward, self)
+        call = change.original or MethodType(type(self).forward, self)
         return call(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
     cache = cache_among((*args, *kwargs.values()))
     kwargs = {key: value for key, value in kwargs.items() if value is not cache}
     dropout = self.attention_dropout if self.training else 0.0
     check_layer_call(self, dropout, kwargs)
-    sliding = ours.patcher.sliding_window(self)
+    sliding = change.patcher.sliding_window(self)
     unrotated = extended(self, sliding)
     if unrotated:
         _check_extended(self, cache, NAMES[name])
-    query, key, value = ours.patcher.project(self, hidden_states)
+    query, key, value = change.patcher.project(self, hidden_states)
     if not unrotated:
         assert position_embeddings is not None
         rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
@@ -134,8 +134,8 @@ def _slot(module: nn.Module) -> str:
 
 def patched(module: nn.Module) -> PatchedForward | None:
     """What a layer's forward is replaced by; None if it is not."""
-    ours = module.__dict__.get(_slot(module))
-    return ours if isinstance(ours, PatchedForward) else None
+    change = module.__dict__.get(_slot(module))
+    return change if isinstance(change, PatchedForward) else None
 
 
 # All patched layers, for `hip_hf.unregister`.
@@ -151,8 +151,8 @@ def patch_layers(layers: list[tuple[nn.Module, Patcher]]) -> None:
         own = module.__dict__.get(slot)
         if isinstance(own, MethodType) and own.__func__ is type(module).forward:
             own = None  # accelerate's copy of the class's own
-        module.__dict__[slot] = ours = PatchedForward(module, patcher, own)
-        module.__dict__[REPLICATE] = ours.replicate
+        module.__dict__[slot] = change = PatchedForward(module, patcher, own)
+        module.__dict__[REPLICATE] = change.replicate
         _patched.add(module)
 
 
@@ -165,10 +165,10 @@ def unpatch_all() -> None:
 def unpatch_layer(module: nn.Module) -> bool:
     """Give one attention layer back the forward it had. Harmless where nothing was patched; whether
     something was."""
-    ours = patched(module)
-    if ours is None:
+    change = patched(module)
+    if change is None:
         return False
-    slot, own = _slot(module), ours.original
+    slot, own = _slot(module), change.original
     if own is None and slot == "_old_forward":
         own = MethodType(type(module).forward, module)
     if own is None:

@@ -52,7 +52,7 @@ def _validate(validate: Any, self: Any) -> None:
     name = self.attn_implementation
     if not is_ours(name):
         return validate(self)
-    self.attn_implementation = None  # all else is looked at as ever
+    self.attn_implementation = None  # all other options are checked as usual
     validate(self)
     self.attn_implementation = name
 

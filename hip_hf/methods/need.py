@@ -1,9 +1,9 @@
 """Votes by need: which query rows decide what their query block reads between sink and window.
 
 Most rows of a real model spend their attention on the first tokens and on their neighbours; a few
-look something up far away. Whoever asks all rows alike, or their mean, hears the many. The *need*
-of a row is how far a key there stands out from all that the row reads in any case,
-`highest - lse_near`:
+look something up far away. If all rows counted alike, or their mean did, the many would outvote
+these few. The *need* of a row is how far a key there stands out from all that the row reads in any
+case, `highest - lse_near`:
 
     sink  [ . . . candidates . . . ]  window, own block
     \\______________________________________________/

@@ -168,6 +168,22 @@ def test_lm_eval_forgets_the_model_type_and_the_tasks() -> None:
         hip_hf.register()
 
 
+def test_finders_of_autoload_that_still_wait_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hip_hf
+    from hip_hf.cli import autoload
+    from hip_hf.integration import changes
+
+    before = list(sys.meta_path)
+    monkeypatch.setattr(sys, "meta_path", list(before))
+    exec(autoload.SOURCE, {"__name__": changes.AUTOLOAD, "__file__": "somewhere"})
+    assert len(sys.meta_path) == len(before) + 3
+    try:
+        hip_hf.unregister()
+        assert sys.meta_path == before
+    finally:
+        hip_hf.register()
+
+
 def test_what_somebody_has_wrapped_since_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from hip_hf.integration import changes
 

@@ -160,7 +160,7 @@ def test_selection_for_every_representative(
     "fields",
     [{"vote": "sampled"}, {"query_stride": 8}, {"query_stride": 8, "options": {"sample": 4}}],
 )
-def test_selection_for_choices_of_voters(
+def test_selection_for_choices_of_votes(
     fields: dict[str, Any], trained: int, chunk_indexed: bool, poison: None
 ) -> None:
     """40 positions are fewer than a row reads: there some of the sink counts as nearer than its

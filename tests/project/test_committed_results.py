@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import figures
 import pytest
 import roofline
+import tables
 from processes import process
 from repository import ROOT
 
@@ -131,5 +131,17 @@ def test_committed_results_have_the_columns_of_the_code(name: str) -> None:
         }
 
 
-def test_the_readme_shows_the_answers_that_were_measured() -> None:
-    assert figures.answers() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_pages_show_what_was_measured() -> None:
+    """Each table of `docs/tables.py`, and one after the other: tables may have rows in common."""
+    at = dict.fromkeys((page for page, _ in tables.TABLES), 0)
+    for page, make in tables.TABLES:
+        wanted, text = make(), (ROOT / page).read_text(encoding="utf-8")
+        assert wanted.count("\n") > 3
+        found = text.find(wanted, at[page])
+        assert found >= 0, f"{page}: the table is not what `python docs/tables.py` prints\n{wanted}"
+        at[page] = found + len(wanted)
+
+
+def test_a_table_wants_all_of_its_rows() -> None:
+    with pytest.raises(ValueError, match="measure 'paper' as well"):
+        tables.named(committed("needles_delta")["rows"], "paper")

@@ -38,3 +38,21 @@ def test_every_folder_has_fast_tests() -> None:
     marked = re.compile(r"\bpytest\.mark\.fast\b")
     fast = {file.parent for file in tests if marked.search(file.read_text(encoding="utf-8"))}
     assert fast == {file.parent for file in tests}
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["pyproject.toml", "tests/races.txt", "tests/versions/files.txt", "tests/versions/grid.txt"],
+)
+def test_every_test_that_a_list_names_is_there(place: str) -> None:
+    """Pytest refuses a whole list for one name that has changed."""
+    names = re.findall(r"tests/[\w/]+\.py(?:::\w+)?", (ROOT / place).read_text(encoding="utf-8"))
+    assert len(names) > 5
+    missing = []
+    for name in names:
+        path, _, test = name.partition("::")
+        file = ROOT / path
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if not text or (test and f"def {test}(" not in text):
+            missing.append(name)
+    assert missing == []

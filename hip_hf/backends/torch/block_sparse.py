@@ -39,7 +39,7 @@ def near_ranges(block: QueryBlock) -> tuple[tuple[int, int], tuple[int, int]]:
     return (block.start, block.sink_end), (block.window_start, block.last + 1)
 
 
-def always_read(block: QueryBlock) -> tuple[int, int]:
+def near_lengths(block: QueryBlock) -> tuple[int, int]:
     """Keys of the sink and of the window in `near_ranges`."""
     (start, sink_end), (window_start, end) = near_ranges(block)
     return sink_end - start, end - window_start
@@ -72,7 +72,7 @@ class BlockLogits:
         self.rows, self.count = self.groups * n, count
         if ids is None:
             ids = torch.empty(self.kv_heads, count, 0, dtype=torch.long, device=q.device)
-        (sink, window), picked = always_read(first), ids.shape[2] * block_k
+        (sink, window), picked = near_lengths(first), ids.shape[2] * block_k
         self.total = sink + picked + reserved + window
         self.places = [(sink, sink + picked)]
         if near:
@@ -129,7 +129,7 @@ class BlockLogits:
 
 def in_parts(t: Tensors, blocks: list[QueryBlock], reserved: int) -> list[slice]:
     """Parts of query blocks that are `alike` whose `near_logits` may wait together."""
-    logits = t.q.shape[1] * blocks[0].rows * (reserved + sum(always_read(blocks[0])))
+    logits = t.q.shape[1] * blocks[0].rows * (reserved + sum(near_lengths(blocks[0])))
     size = max(1, NEAR_AT_ONCE // (logits * compute_dtype(t.q).itemsize))
     return [slice(at, at + size) for at in range(0, len(blocks), size)]
 
@@ -170,7 +170,7 @@ def partial(
     dtype that is multiplied in and fp32 at least. `known`: the logits of sink and window, as
     `near_logits` gives them; they are overwritten."""
     of = BlockLogits(t, blocks, ids, block_k, near=near and known is None)
-    sink, window = always_read(blocks[0]) if near else (0, 0)
+    sink, window = near_lengths(blocks[0]) if near else (0, 0)
     values = Parts("v", t.v, blocks, (of.picked, sink, window), block_k)
     v_all = scratch.take("v", tuple(values.all.shape), of.like)
     outputs = scratch.take("out", (of.count, of.kv_heads, of.rows, t.v.shape[-1]), of.like)
@@ -276,7 +276,7 @@ def near_lse(t: Tensors, block: QueryBlock) -> Tensor:
     """Log-sum-exp `[heads, G, 1]`, in fp32 at least, of a query block of one row over what it
     always reads, where it lies. Without context extension: there positions are given by the order
     of what is read."""
-    query, (sink, window) = _scaled_queries(t, block), always_read(block)
+    query, (sink, window) = _scaled_queries(t, block), near_lengths(block)
     kv_heads, groups, _, _ = query.shape
     logits = scratch.take("logits", (kv_heads, groups, sink + window), query)
     parts = logits[..., :sink], logits[..., sink:]

@@ -200,7 +200,7 @@ def attend_next(
                 lse[b] = total.flatten(0, 1)
             row.position = span.end
             read, visible = read + buffer.count, visible + span.end
-    except BaseException:  # also an interrupt: who knows how far a row has come
+    except BaseException:  # also an interrupt, which may have updated only some rows
         for row in rows:
             row.decode_buffer = None
         raise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
-from hip_hf.backends.torch.softmax import add_sink_logits, exponentiate
+from hip_hf.backends.torch.softmax import add_sink_logits, weigh_whole
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, run, scratch
 
@@ -67,16 +67,7 @@ def _tile(
     if t.sliding_window is not None:
         key = torch.arange(first, end, device=query.device)
         by_row.masked_fill_(key <= position - t.sliding_window, never)
-    return weigh(logits, v)
-
-
-def weigh(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of logits `[N, rows, keys]`, which are overwritten, times v `[N, keys, Dv]`: output
-    `[N, rows, Dv]` and log-sum-exp `[N, rows]`, in fp32 at least. Unlike `weigh_values` it takes
-    exponentials of half precision as they are, and leaves the output in fp32."""
-    total, lse = exponentiate(logits)
-    out = torch.bmm(logits, v, out=scratch.take("out", (*logits.shape[:2], v.shape[-1]), logits))
-    return out / total, lse
+    return weigh_whole(logits, v)
 
 
 def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_hf.workers import widened
+from hip_hf.workers import scratch, widened
 
 
 def weigh_values(logits: Tensor, v: Tensor, out: Tensor, need_lse: bool) -> Tensor | None:
@@ -22,6 +22,15 @@ def weigh_values(logits: Tensor, v: Tensor, out: Tensor, need_lse: bool) -> Tens
     else:
         torch.bmm(logits.copy_(wide.div_(total)), v, out=out)
     return lse
+
+
+def weigh_whole(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As `weigh_values`, for results that are merged or compared with others: the output
+    `[N, rows, Dv]`, in a buffer, is in fp32 at least. Exponentials of half precision are taken as
+    they are."""
+    total, lse = exponentiate(logits)
+    out = torch.bmm(logits, v, out=scratch.take("out", (*logits.shape[:2], v.shape[-1]), logits))
+    return out / total, lse
 
 
 def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -317,8 +317,7 @@ class SparseAttention(BlockSparseCall):
     def _room(self, steps: int) -> int:
         """Most keys that a step reads under a selection that serves `steps` steps."""
         config, size = self.config, self.config.block_k
-        sink = -(-config.sink // size) * size
-        return sink + self.budget * size + config.window + size + steps
+        return config.sink_end + self.budget * size + config.window + size + steps
 
     def _attend_decode_buffer(
         self, t: Tensors, span: Span, row: RowState, block: QueryBlock, steps: int

@@ -247,16 +247,16 @@ def square_kernel(
             k = tl.load(k_ptr, mask=(d < dim)[None, :], other=0.0)
         logits = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
         logits += tl.where(own, 0.0, tl.where(rest, bias, float("-inf")))[None, :]
-        new_top = tl.maximum(m_i, tl.max(logits, 1))
-        shrink = tl.exp2(m_i - new_top)
-        weights = tl.exp2(logits - new_top[:, None])
+        m_new = tl.maximum(m_i, tl.max(logits, 1))
+        shrink = tl.exp2(m_i - m_new)
+        weights = tl.exp2(logits - m_new[:, None])
         l_i = l_i * shrink + tl.sum(weights, 1)
         if EVEN_HEADDIM:
             v = tl.load(v_ptr)
         else:
             v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        m_i = new_top
+        m_i = m_new
 
     tl.store(out_ptr, acc / l_i[:, None], mask=inside)
     tl.store(lse_ptr, (m_i + tl.log2(l_i)) * LN2, mask=real)

@@ -163,8 +163,8 @@ def note_refusal(device: torch.device, settings: str, error: Exception) -> str:
 
 @contextmanager
 def noting_refusals(device: torch.device, settings: HiPConfig) -> Iterator[None]:
-    """Where it is too late to go dense, in a backward pass or a compiled graph: what Triton refuses
-    inside is an error that says so, and with `auto` later calls with these settings are dense."""
+    """For a backward pass or a compiled graph, where it is too late to go dense: raise an error
+    that names what Triton refuses. With `auto` later calls with these settings are dense."""
     try:
         yield
     except Exception as error:

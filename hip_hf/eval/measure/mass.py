@@ -119,8 +119,8 @@ def overlap(
     for head in range(problem.k.shape[1]):
         for at, block in blocks:
             none = problem.q.new_zeros(problem.groups, block.high, dtype=torch.bool)
-            ours, best = (chosen(problem, which, head, at) for which in (mask, oracle))
-            a, b = none.scatter(1, ours, True), none.scatter(1, best, True)
+            picked, best = (chosen(problem, which, head, at) for which in (mask, oracle))
+            a, b = none.scatter(1, picked, True), none.scatter(1, best, True)
             shares.append(float((a & b).sum() / b.sum()))
     return sum(shares) / len(shares)
 

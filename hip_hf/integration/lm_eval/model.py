@@ -272,10 +272,10 @@ class HipLM(HFLM):
         """What goes into the results' `config`; under `hip`, all settings, versions and density."""
         packages = ("torch", "transformers", "lm_eval", "datasets")
         versions = {package: version(package) for package in packages}
-        ours = {
+        settings = {
             "config": read_settings(text_config(self.model)).to_dict(),
             "versions": {"hip_hf": hip_hf.__version__, **versions},
             "prompt_truncation": self.prompt_truncation,
             "processes": self.world_size,  # the figures below are those of the first
         }
-        return {**super().get_model_info(), "hip": {**ours, **self.read.summary()}}
+        return {**super().get_model_info(), "hip": {**settings, **self.read.summary()}}

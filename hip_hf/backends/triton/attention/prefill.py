@@ -90,8 +90,8 @@ def _attend_tiles(
             logits = tl.where(seen, logits, float("-inf"))
         if ROPE_HALF_DIM > 0:
             logits = tl.where(slots[None, :] >= earliest[:, None], logits, float("-inf"))
-        new_top = tl.maximum(m_i, tl.max(logits, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
+        m_new = tl.maximum(m_i, tl.max(logits, 1))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing yet
         shrink = tl.exp2(m_i - base)
         weights = tl.exp2(logits - base[:, None])
         l_i = l_i * shrink + tl.sum(weights, 1)
@@ -100,7 +100,7 @@ def _attend_tiles(
         else:
             v = tl.load(v_ptr, mask=(dv < dim_v)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        m_i = new_top
+        m_i = m_new
         slots = tl.minimum(slots + BLOCK_N, end - 1)
         position = key_positions(slots, blocks, start, sink_length, picked, window, BLOCK_K)
         page = page_of(key_start + position, slots < end, batch, table, stride_table, PAGE_SIZE)

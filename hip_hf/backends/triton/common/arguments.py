@@ -55,8 +55,8 @@ def dense_reads(block_q: int = 64) -> Reads:
 
 
 def configuration(kernel: str, logits: Logits) -> str:
-    """Name in the table of launches: turning a tile of queries or keys takes four registers where
-    its numbers take one."""
+    """Name in the table of launches. To rotate a tile of queries or keys takes four times the
+    registers of its numbers, so extended calls have launches of their own."""
     return kernel if logits.positions is None else f"{kernel} extended"
 
 

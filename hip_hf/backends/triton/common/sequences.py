@@ -131,8 +131,8 @@ def query_block(row_start, rows, position, index, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
-    """What a query block whose first row is at `first` always reads: the sink `[start, sink)` and
-    the window `[window, ...]`; the candidates are key blocks `sink // BLOCK_K` to
+    """What a query block whose first row is at `first` always reads: the sink `[start, sink_end)`
+    and the window `[window, ...]`; the candidates are key blocks `sink_end // BLOCK_K` to
     `window // BLOCK_K - 1` (`QueryBlock` in `geometry.py`).
 
     `window` is where the window starts if no sliding window cuts it (`window_start`, or, in decode,
@@ -140,8 +140,8 @@ def always_read(first, window, sink_keys, sliding, BLOCK_K: tl.constexpr):
     """
     start = tl.where(sliding > 0, tl.maximum(first - sliding + 1, 0) // BLOCK_K * BLOCK_K, 0)
     window = tl.maximum(window, start)
-    sink = tl.minimum(tl.maximum((sink_keys + BLOCK_K - 1) // BLOCK_K * BLOCK_K, start), window)
-    return start, sink, window
+    sink_end = tl.minimum(tl.maximum((sink_keys + BLOCK_K - 1) // BLOCK_K * BLOCK_K, start), window)
+    return start, sink_end, window
 
 
 @triton.jit

@@ -83,9 +83,9 @@ def key_logits(
 def add_logits(m_i, l_i, logits):
     """Return the greatest logit of each row and its sum of exponentials, `[M]`, base 2, after more
     `logits` `[M, N]`. m_i and l_i are those before."""
-    new_top = tl.maximum(m_i, tl.max(logits, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen nothing yet
-    return new_top, l_i * tl.exp2(m_i - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing yet
+    return m_new, l_i * tl.exp2(m_i - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
 
 
 @triton.jit

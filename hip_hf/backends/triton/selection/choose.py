@@ -42,10 +42,10 @@ def merged_masses(
         at = found + (look * TILES + tile) * ((N + 1) * BLOCK_M) + column
         more = tl.load(at[None, :] + slot[:, None] * BLOCK_M)
         if MASS:
-            level = tl.load(at + N * BLOCK_M)
-            higher = tl.maximum(m_i, level)
-            mass = mass * tl.exp(m_i - higher)[None, :] + more * tl.exp(level - higher)[None, :]
-            m_i = higher
+            m_more = tl.load(at + N * BLOCK_M)
+            m_new = tl.maximum(m_i, m_more)
+            mass = mass * tl.exp(m_i - m_new)[None, :] + more * tl.exp(m_more - m_new)[None, :]
+            m_i = m_new
         else:
             mass = tl.maximum(mass, more)
     return mass, m_i

@@ -115,8 +115,8 @@ def search_tile(
     """Chosen so that nothing spills in half precision (`hip-hf kernels`); with many `candidates`,
     all of whose logits are held, or more `votes` than a tile has rows, in smaller steps. fp32, and
     chunks that are rotated as they are loaded (`indexed`), take several registers where others take
-    one. With 16 warps the search stays off Blackwell's tensor memory, whose passes in Triton 3.7
-    fail on it."""
+    one. With 16 warps the search does not use Blackwell's tensor memory, for which Triton 3.7 fails
+    to compile it."""
     warps = 16 if target.startswith("sm10") else 8
     if indexed or dtype == torch.float32:
         if indexed and votes >= FEWEST_ROWS:
