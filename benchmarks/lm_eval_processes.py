@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -106,7 +107,7 @@ def main(
     with kept:
         for turn in range(rounds):
             for way in ways:
-                found[way].append(kept.get((turn, *way), lambda: evaluate(*way, arguments)))  # noqa: B023 (called at once)
+                found[way].append(kept.get((turn, *way), partial(evaluate, *way, arguments)))
     scores = [one["scores"] for some in found.values() for one in some]
     if any(other != scores[0] for other in scores):
         raise SystemExit(f"the scores differ: {list(found)}: {scores}")

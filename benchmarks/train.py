@@ -114,7 +114,8 @@ class Data:
             self.copies(stage) if self.rng.random() < stage.copying else self.notes(stage)
             for _ in range(stage.batch)
         ]
-        return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))  # type: ignore[return-value]
+        first, second, third = (np.stack(column) for column in zip(*rows, strict=True))
+        return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)
 
     def copies(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(self.rng.getrandbits(32))

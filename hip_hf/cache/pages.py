@@ -373,7 +373,9 @@ class PagedTensor(Tensor):
         return f"PagedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(PagedTensor, lambda x: x.dense(), (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -80,7 +80,9 @@ class HiPStaticLayer(Stateful, StaticLayer):
     """A preallocated full-attention cache layer with decode state."""
 
 
-class HiPHybridStaticLayer(Stateful, LinearAttentionAndStaticFullAttentionLayer):  # type: ignore[misc, override]
+class HiPHybridStaticLayer(  # type: ignore[misc, override]
+    Stateful, LinearAttentionAndStaticFullAttentionLayer
+):
     """The same with the running state of linear attention or of a convolution beside it."""
 
 

@@ -95,6 +95,9 @@ class Selector(base.Selector):
 
 
 class HeavyHitters(base.BoundSelector):
+    """The rule bound to a span. Its query blocks are decided in order, each by what those before it
+    have kept."""
+
     def __init__(
         self,
         config: HiPConfig,

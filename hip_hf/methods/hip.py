@@ -146,6 +146,8 @@ class Selector(base.Selector):
 
 @dataclass(frozen=True)
 class TreeSearch(BoundSelectorByNeed):
+    """The search bound to a span."""
+
     config: HiPConfig
     representative: Representative
     q: Tensor
@@ -222,8 +224,7 @@ class TreeSearch(BoundSelectorByNeed):
             scores = self._scores(heads, level, features, ids, edges[-1], invalid, near_walking)
 
         for below in reversed(range(level)):
-            # there are at least `beam_blocks`: one level below the start there are more than twice
-            # as many, two of them at the edges
+            # there are at least as many, since a level below the start has more than twice as many
             ids = best(scores, ids, config.beam_blocks)
             children = (2 * ids[..., None] + halves).flatten(-2)
             own, invalid = edges[below], covered_edges[below]
@@ -329,8 +330,7 @@ class TreeSearch(BoundSelectorByNeed):
         self, logits: Tensor, invalid: Tensor | None, near: Tensor | None, level: int
     ) -> Tensor:
         if near is not None:
-            # a chunk's logit stands for each of its keys: what is read anyway is divided by the
-            # number of keys in a chunk
+            # a chunk's logit stands for each of its keys, so that `near` is divided by their number
             near = near - math.log(self.config.block_k << level)
         return aggregate(logits, self.config.score, self.softcap, invalid, near)
 

@@ -36,6 +36,8 @@ class Selector(base.Selector):
 
 @dataclass(frozen=True)
 class Exhaustive(base.BoundSelector):
+    """The rule bound to a span: every key is looked at."""
+
     config: HiPConfig
     q: Tensor
     keys: Tensor

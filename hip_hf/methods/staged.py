@@ -155,6 +155,8 @@ class Selector(base.Selector):
 
 @dataclass(frozen=True)
 class StagedSearch(base.BoundSelector):
+    """The stages bound to a span."""
+
     config: HiPConfig
     stages: list[Stage]
     halvings: int | None
@@ -171,9 +173,12 @@ class StagedSearch(base.BoundSelector):
 
     def select(self, heads: slice, blocks: list[QueryBlock]) -> Tensor:
         """Sorted block indices `[heads, S, len(blocks), budget / block_k]`."""
-        parts = []
-        first = lambda block: first_stage(self.stages, self.config.block_k, block.low, block.high)  # noqa: E731
-        for _, run in groupby(blocks, key=lambda block: (block.rows, first(block))):
+        size, parts = self.config.block_k, []
+
+        def alike(block: QueryBlock) -> tuple[int, int]:
+            return block.rows, first_stage(self.stages, size, block.low, block.high)
+
+        for _, run in groupby(blocks, key=alike):
             parts += self.resume(heads, list(run), [])[-1:]
         # the last stage is never left out
         return torch.cat([ids for ids in parts if ids is not None], dim=2)

@@ -45,6 +45,7 @@ _WRITTEN = ", ".join(f"Tensor(a{i}!) {name}" for i, name in enumerate(_STATE))
 
 @lru_cache(maxsize=64)
 def settings(text: str) -> HiPConfig:
+    """The settings that `HiPConfig.text` gave an operator."""
     return HiPConfig.from_dict(json.loads(text))
 
 
