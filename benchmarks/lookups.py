@@ -1,5 +1,5 @@
 """What selections keep of that which a real model's answers look up: settings of the search, and
-estimates of need, side by side.
+estimates of need (with `beam=8`, so that a part of the rows votes), side by side.
 
     python benchmarks/lookups.py runs/smollm2 [--length 8192] [--documents novel,code] [--prompts 4]
         [--budget 256] [--output FILE]
@@ -22,7 +22,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from hip_hf.attention import attend
+from hip_hf.backends.torch import sparse
 from hip_hf.cli.presets import over_budgets
 from hip_hf.config import HiPConfig
 from hip_hf.eval.measure.capture import capture
@@ -58,6 +60,9 @@ SETTINGS = (
     '{"method": "staged"}', '{"method": "quest"}', '{"method": "vertical_slash"}',
     '{"method": "sample"}', '{"method": "streaming"}', '{"method": "oracle"}',
 )  # fmt: skip
+# Settings under which the estimates are compared. By the defaults a context of 8,192 tokens is
+# looked at whole, all rows that are asked vote, and nothing is estimated.
+ESTIMATING = '{"beam": 8}'
 # A digit of whose lookups less is read counts as lost.
 ENOUGH = 0.7
 # So much attention to a single key is a lookup.
@@ -280,12 +285,19 @@ def add(
                 kept.rows += own[..., 0].numel()
 
 
-def by(estimate: Estimate, step: int) -> dict[str, Any]:
-    """What stands in for the search's own choice of votes."""
+@contextmanager
+def needed_by(estimate: Estimate, step: int) -> Iterator[None]:
+    """Within it, votes are chosen by that estimate of their need, from every `step`-th row.
+
+    Raises:
+        ValueError: nothing was estimated.
+    """
+    estimated = []
 
     def stand_in(
         self: hip.TreeSearch, heads: slice, blocks: list[QueryBlock], q: torch.Tensor, level: int
     ) -> torch.Tensor:
+        estimated.append(True)
         size, out = self.config.block_k, q.new_empty(q.shape[:3])
         for i in range(q.shape[1]):
             block = blocks[i % len(blocks)]
@@ -293,7 +305,13 @@ def by(estimate: Estimate, step: int) -> dict[str, Any]:
         return out
 
     asked = lambda config, rows: range((rows - 1) % step, rows, step)  # noqa: E731
-    return {"highest": stand_in, "asked": asked}
+    with ExitStack() as stack:
+        for module in (hip, need, sparse):
+            stack.enter_context(mock.patch.object(module, "asked_rows", asked))
+        stack.enter_context(mock.patch.object(hip.TreeSearch, "_highest", stand_in))
+        yield
+    if not estimated:
+        raise ValueError(f"settings: got {ESTIMATING}, allowed: those that estimate a row's need")
 
 
 @torch.inference_mode()
@@ -323,12 +341,7 @@ def measure(
                 for name, one in plan.configs.items():
                     add(settings[name][-1], problem, one, marks, attention, links)
                 for name, (estimate, step, _) in ESTIMATES.items():
-                    new = by(estimate, step)
-                    with (
-                        mock.patch.object(hip.TreeSearch, "_highest", new["highest"]),
-                        mock.patch.object(hip, "asked_rows", new["asked"]),
-                        mock.patch.object(need, "asked_rows", new["asked"]),
-                    ):
+                    with needed_by(estimate, step):
                         add(estimates[name][-1], problem, config, marks, attention, links)
             bar.update()
 
@@ -366,7 +379,7 @@ def main() -> None:
         given.settings or SETTINGS, [given.budget], tokens=given.length, checkpoint=given.model
     )
     (config,) = over_budgets(
-        ["{}"], [given.budget], tokens=given.length, checkpoint=given.model
+        [ESTIMATING], [given.budget], tokens=given.length, checkpoint=given.model
     ).values()
     model, tokenizer = load(given.model, "sdpa")
     plan = NeedlesPlan(configs, [given.length], given.prompts)
