@@ -311,7 +311,10 @@ def needed_by(estimate: Estimate, step: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(hip.TreeSearch, "_highest", stand_in))
         yield
     if not estimated:
-        raise ValueError(f"settings: got {ESTIMATING}, allowed: those that estimate a row's need")
+        raise ValueError(
+            "nothing was estimated: the candidates are looked at whole, and all rows vote. "
+            f"Allowed: a --length beyond that (with {ESTIMATING})"
+        )
 
 
 @torch.inference_mode()

@@ -7,7 +7,6 @@ checkpoint and the saved results (`tables.py` has those of measured figures).
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,6 @@ from hip_hf.registry import METHODS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-RESULTS = ROOT / "benchmarks" / "results"
 TOKENS, FACTS = 4096, 1
 LAYER = 2
 SMALL = dict(budget=128, window=256, sink=64, dense_tail=0, dense_below=0)
@@ -161,8 +159,8 @@ def machines() -> str:
         "|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, ...], list[str]] = {}
-    for file in sorted(RESULTS.glob("*.json")):
-        machine = json.loads(file.read_text(encoding="utf-8"))["machine"]
+    for file in sorted(tables.RESULTS.glob("*.json")):
+        machine = tables.read(file.stem)["machine"]
         key = tuple(
             str(machine[name]) for name in ("cpu", "threads", "python", "torch", "transformers")
         )
@@ -191,7 +189,7 @@ def make_all(folder: Path) -> None:
         draw_readings(folder / "readings.png", prompt, problems, tokenizer, fact)
     for name in ("latency", "fidelity", "passkey", "memory"):
         PICTURES[name](
-            json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")),
+            tables.read(name),
             folder / f"{name}.png",
         )
     (folder / "answers.md").write_text(tables.answers(), encoding="utf-8")

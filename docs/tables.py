@@ -21,6 +21,9 @@ TITLES = {
     "defaults": "`hip` (defaults)",
     "paper": "HiP as published (`paper`)",
     "delta": "`hip` with Delta correction (`delta`)",
+    "quality": "`hip`, `query_stride=1, beam=16, rescore=16` (`quality`)",
+    "true_need": "`hip`, need by all keys (`true_need`)",
+    "streaming+delta": "`streaming` with Delta correction",
 }
 # The rows of the README's table, as the results name them.
 ANSWERS = {
@@ -60,12 +63,20 @@ def named(rows: Rows, settings: str) -> Rows:
     """The rows of these settings, one for each document.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or there are several of a document.
     """
     found = [row for row in rows if row["settings"] == settings]
-    if not found:
-        raise ValueError(f"benchmarks/results: measure {settings!r} as well, which a page shows")
+    if not found or len({row["document"] for row in found}) < len(found):
+        raise ValueError(
+            f"benchmarks/results: got {len(found)} rows of {settings!r}, "
+            "allowed: one for each document, measured for a page that shows it"
+        )
     return found
+
+
+def both(rows: Rows, key: str, digits: int = 3) -> str:
+    """A figure of several rows."""
+    return " / ".join(number(row[key], digits) for row in rows)
 
 
 def answers() -> str:
@@ -77,38 +88,28 @@ def answers() -> str:
     ):
         for settings, name in ANSWERS.items():
             rows = [row for file in files for row in named(read(file)["rows"], settings)]
-            both = lambda key, rows=rows: " / ".join(number(row[key]) for row in rows)  # noqa: E731
-            dense = settings == "dense"
-            lines.append(
-                [
-                    f"{length:,}, {name}",
-                    " / ".join(row["document"] for row in rows),
-                    percent(rows[0]["read"]),
-                    both("digits"),
-                    " / ".join(number(row["answers_right"], 2) for row in rows),
-                    both("nll"),
-                    "" if dense else both("perplexity_over_dense"),
-                    number(rows[0]["selection_over_attention"], 2),
-                ]
-            )
+            documents = " / ".join(row["document"] for row in rows)
+            cells = [f"{length:,}, {name}", documents, percent(rows[0]["read"])]
+            cells += [both(rows, "digits"), both(rows, "answers_right", 2), both(rows, "nll")]
+            cells += ["" if settings == "dense" else both(rows, "perplexity_over_dense")]
+            lines.append([*cells, number(rows[0]["selection_over_attention"], 2)])
     columns = ["tokens, settings", "document", "keys read", "digits right", "answers right"]
     columns += ["digits' NLL", "perplexity, times dense", "selection / attention"]
     return table(columns, lines)
 
 
 def needles(*files: str) -> str:
-    """Answers of the real model by settings, of both documents, which are in one file or in two."""
-    rows = [row for file in files for row in read(file)["rows"]]
+    """Answers of the real model by settings, of the novel and of code, which are in one file or in
+    two."""
+    every = [row for file in files for row in read(file)["rows"]]
     lines = []
-    for settings in dict.fromkeys(row["settings"] for row in rows):
-        some = {row["document"]: row for row in named(rows, settings)}
-        pairs = [
-            " / ".join(number(some[document][key]) for document in ("novel", "code"))
-            for key in ("digits", "nll", "perplexity_over_dense")
-        ]
-        one = some["novel"]
-        cost = number(one["selection_over_attention"], 2)
-        lines.append([title(settings), percent(one["read"]), *pairs, cost])
+    for settings in dict.fromkeys(row["settings"] for row in every):
+        rows = named(every, settings)
+        if [row["document"] for row in rows] != ["novel", "code"]:
+            raise ValueError(f"{files}: got one document of {settings!r}, allowed: novel and code")
+        cells = [title(settings), percent(rows[0]["read"])]
+        cells += [both(rows, key) for key in ("digits", "nll", "perplexity_over_dense")]
+        lines.append([*cells, number(rows[0]["selection_over_attention"], 2)])
     columns = ["", "keys read", "digits right, novel / code", "digits' NLL"]
     return table([*columns, "perplexity, times dense", "selection / attention"], lines)
 
@@ -123,46 +124,59 @@ def decode_steps() -> str:
     return table(["", "keys read", "digits right", "digits' NLL"], lines)
 
 
-def looked_up(part: str) -> str:
-    """What selections keep of that which answers look up, by `settings`, or by the `estimates` of a
-    row's need."""
-    lines = []
-    for row in read("lookups")[part]:
-        found = [number(row[key]) for key in ("facts", "lost", "missed")]
-        if part == "settings":
-            lines.append([title(row["settings"]), *found, number(row["cost"], 2)])
-        else:
-            lines.append([row["estimate"], str(row["keys"]), *found])
-    found = ["facts", "lost", "missed"]
-    if part == "settings":
-        return table(["settings", *found, "selection / attention"], lines)
-    return table(["need by", "keys a row", *found], lines)
+# What `benchmarks/lookups.py` measures of a selection.
+LOOKUPS = ("facts", "lost", "missed")
+
+
+def looked_up_by_settings() -> str:
+    """What selections keep of that which answers look up, by settings."""
+    lines = [
+        [title(row["settings"]), *(number(row[key]) for key in LOOKUPS), number(row["cost"], 2)]
+        for row in read("lookups")["settings"]
+    ]
+    return table(["settings", *LOOKUPS, "selection / attention"], lines)
+
+
+def looked_up_by_estimates() -> str:
+    """The same by the estimate of a row's need."""
+    lines = [
+        [row["estimate"], str(row["keys"]), *(number(row[key]) for key in LOOKUPS)]
+        for row in read("lookups")["estimates"]
+    ]
+    return table(["need by", "keys a row", *LOOKUPS], lines)
 
 
 def side_by_side() -> str:
     """Every method on the demo checkpoint, at two budgets."""
-    document = read("methods")
-    rows = {row["settings"]: row for row in document["rows"]}
+    rows = {row["settings"]: row for row in read("methods")["rows"]}
     names = dict.fromkeys(name.partition(" @ ")[0] for name in rows if " @ " in name)
     figures = {"mass": 3, "error": 3, "cost": 2, "bytes_share": 2, "ratio": 3}
-    lines = [
-        [
-            title(name),
-            *(
-                " / ".join(number(rows[f"{name} @ {budget}"][key], digits) for budget in (256, 512))
-                for key, digits in figures.items()
-            ),
-        ]
-        for name in names
-    ]
+    lines = []
+    for name in names:
+        pair = [rows[f"{name} @ {budget}"] for budget in (256, 512)]
+        lines.append([title(name), *(both(pair, key, digits) for key, digits in figures.items())])
     return table(["method", "mass", "output error", "FLOPs", "bytes", "perplexity"], lines)
 
 
+def by_length(rows: Rows, key: str, *names: str) -> tuple[list[int], dict[tuple[str, ...], float]]:
+    """The lengths of `rows`, and their figure `key` by the columns `names` and the length.
+
+    Raises:
+        ValueError: two rows are of the same.
+    """
+    found = {(*(row[name] for name in names), row["length"]): row[key] for row in rows}
+    if len(found) < len(rows):
+        raise ValueError(f"rows: got several of the same {names} and length, allowed: one")
+    return sorted({row["length"] for row in rows}), found
+
+
 def call_speed(name: str) -> str:
-    """How many times faster than PyTorch's attention one call is, by its length."""
-    rows = read(name)["rows"]
-    lengths = sorted({row["length"] for row in rows})
-    found = {(row["phase"], row["settings"], row["length"]): row["times_faster"] for row in rows}
+    """How many times faster than PyTorch's attention one call is, by its length; and how the time
+    of a prompt grows, in brackets that of PyTorch's."""
+    document = read(name)
+    lengths, found = by_length(document["rows"], "times_faster", "phase", "settings")
+    grows = [f"T^{number(one['hip'], 2)}" for one in document["exponents"]]
+    growth = f"{' / '.join(grows)} (T^{number(document['exponents'][0]['sdpa'], 2)})"
     kinds = {
         "prefill, defaults / beam1": [("prefill", "defaults"), ("prefill", "beam1")],
         "decode, defaults, amortised / refreshed each step": [
@@ -170,26 +184,19 @@ def call_speed(name: str) -> str:
             ("decode refreshed", "defaults"),
         ],
     }
-    lines = [
-        [
-            kind,
-            *(
-                " / ".join(number(found[(*cell, length)], 1) for cell in cells)
-                for length in lengths
-            ),
-        ]
-        for kind, cells in kinds.items()
-    ]
-    return table(["", *(f"{length >> 10}K" for length in lengths)], lines)
+    lines = []
+    for kind, cells in kinds.items():
+        pairs = [[number(found[(*cell, length)], 1) for cell in cells] for length in lengths]
+        grows_as = growth if kind.startswith("prefill") else ""
+        lines.append([kind, *map(" / ".join, pairs), grows_as])
+    return table(["", *(f"{length >> 10}K" for length in lengths), "time grows as"], lines)
 
 
 def two_checkouts() -> str:
     """The speed of the present defaults over that of earlier ones."""
-    rows = read("two_checkouts")["rows"]
-    lengths = sorted({row["length"] for row in rows})
-    ratios = {(row["phase"], row["length"]): number(row["ratio"], 2) for row in rows}
+    lengths, found = by_length(read("two_checkouts")["rows"], "ratio", "phase")
     names = {"prefill": "prefill", "decode": "decode, a step"}
-    lines = [[names[x], *(ratios[x, length] for length in lengths)] for x in names]
+    lines = [[name, *(number(found[x, n], 2) for n in lengths)] for x, name in names.items()]
     return table(["", *(f"{length >> 10}K" for length in lengths)], lines)
 
 
@@ -200,8 +207,8 @@ TABLES: list[tuple[str, Callable[[], str]]] = [
     ("docs/methods.md", lambda: needles("needles_delta")),
     ("docs/methods.md", lambda: needles("needles_settings", "needles_settings_code")),
     ("docs/methods.md", lambda: needles("needles_layers")),
-    ("docs/methods.md", lambda: looked_up("settings")),
-    ("docs/methods.md", lambda: looked_up("estimates")),
+    ("docs/methods.md", looked_up_by_settings),
+    ("docs/methods.md", looked_up_by_estimates),
     ("docs/methods.md", decode_steps),
     ("docs/methods.md", side_by_side),
     ("docs/measurements.md", lambda: call_speed("latency_fp32")),

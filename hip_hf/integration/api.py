@@ -80,7 +80,8 @@ def unregister() -> None:
 
     Models that attend by `hip` cannot be called until `register` is called again, and patched ones
     have their own forwards then (`patch` and `configure` replace them anew). What something else
-    has put in the place of such a change stays there. Harmless a second time.
+    has put in the place of such a change stays there. Finders of `hip-hf autoload` that still wait
+    for an import are removed, and `register` does not bring them back. Harmless a second time.
     """
     unpatch_all()
     changes.undo()

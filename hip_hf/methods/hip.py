@@ -224,7 +224,7 @@ class TreeSearch(BoundSelectorByNeed):
             scores = self._scores(heads, level, features, ids, edges[-1], invalid, near_walking)
 
         for below in reversed(range(level)):
-            # there are at least as many, since a level below the start has more than twice as many
+            # there are at least `beam_blocks`: a level below the start has more than twice as many
             ids = best(scores, ids, config.beam_blocks)
             children = (2 * ids[..., None] + halves).flatten(-2)
             own, invalid = edges[below], covered_edges[below]

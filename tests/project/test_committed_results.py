@@ -143,5 +143,10 @@ def test_pages_show_what_was_measured() -> None:
 
 
 def test_a_table_wants_all_of_its_rows() -> None:
-    with pytest.raises(ValueError, match="measure 'paper' as well"):
-        tables.named(committed("needles_delta")["rows"], "paper")
+    rows = committed("needles_delta")["rows"]
+    with pytest.raises(ValueError, match="got 0 rows of 'paper'"):
+        tables.named(rows, "paper")
+    with pytest.raises(ValueError, match="got 4 rows of 'dense'"):
+        tables.named(rows * 2, "dense")
+    with pytest.raises(ValueError, match="several of the same"):
+        tables.by_length(rows, "digits", "settings")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hip_hf.backends.tensors import Tensors, merge
-from hip_hf.backends.torch.softmax import add_sink_logits, weigh_whole
+from hip_hf.backends.torch.softmax import add_sink_logits, weigh_wide
 from hip_hf.methods.ranking import squash
 from hip_hf.workers import LOGITS_AT_ONCE, compute_dtype, run, scratch
 
@@ -67,7 +67,7 @@ def _tile(
     if t.sliding_window is not None:
         key = torch.arange(first, end, device=query.device)
         by_row.masked_fill_(key <= position - t.sliding_window, never)
-    return weigh_whole(logits, v)
+    return weigh_wide(logits, v)
 
 
 def attend_positions(t: Tensors, at: Sequence[int], first: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from hip_hf.backends.hyper import HyperCall
 from hip_hf.backends.tensors import Tensors, merge, tensors_of
 from hip_hf.backends.torch import dense
 from hip_hf.backends.torch.dense_rows import attend_exact, rows_at_once
-from hip_hf.backends.torch.softmax import add_sink_logits, weigh_whole
+from hip_hf.backends.torch.softmax import add_sink_logits, weigh_wide
 from hip_hf.geometry import Span
 from hip_hf.methods.hyper import (
     Leaf,
@@ -175,7 +175,7 @@ def _attend_own(
     torch.bmm(query, k.transpose(1, 2), out=logits)
     squash(logits, t.softcap)
     logits[..., index.shape[1] - bias.shape[1] :].add_(bias[:, None])
-    out, lse = weigh_whole(logits, v)
+    out, lse = weigh_wide(logits, v)
     return out.flatten(0, 1), lse.flatten()
 
 

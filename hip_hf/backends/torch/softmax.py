@@ -24,10 +24,10 @@ def weigh_values(logits: Tensor, v: Tensor, out: Tensor, need_lse: bool) -> Tens
     return lse
 
 
-def weigh_whole(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As `weigh_values`, for results that are merged or compared with others: the output
-    `[N, rows, Dv]`, in a buffer, is in fp32 at least. Exponentials of half precision are taken as
-    they are."""
+def weigh_wide(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As `weigh_values`, for results that are merged or compared with others: returns the output
+    `[N, rows, Dv]` and the log-sum-exp `[N, rows]`, in fp32 at least. Exponentials of half
+    precision are taken as they are."""
     total, lse = exponentiate(logits)
     out = torch.bmm(logits, v, out=scratch.take("out", (*logits.shape[:2], v.shape[-1]), logits))
     return out / total, lse

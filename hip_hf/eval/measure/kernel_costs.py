@@ -57,7 +57,7 @@ def search(tokens: int, config: HiPConfig, shape: Shape, block_q: int) -> Kernel
 
 def searched_whole(tokens: int, config: HiPConfig) -> int:
     """Keys of the candidates where all are looked at; 0 if they are walked through."""
-    low = -(-config.sink // config.block_k)
+    low = config.sink_end // config.block_k
     high = max(low, (tokens - config.window) // config.block_k)
     return (high - low) * config.block_k if looked_at_whole(config, low, high) else 0
 
