@@ -204,6 +204,7 @@ def two_checkouts() -> str:
 TABLES: list[tuple[str, Callable[[], str]]] = [
     ("README.md", answers),
     ("docs/methods.md", lambda: needles("needles_methods")),
+    ("docs/methods.md", lambda: needles("needles_quest")),
     ("docs/methods.md", lambda: needles("needles_delta")),
     ("docs/methods.md", lambda: needles("needles_settings", "needles_settings_code")),
     ("docs/methods.md", lambda: needles("needles_layers")),
