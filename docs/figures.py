@@ -139,12 +139,12 @@ def draw_readings(
 
 def methods() -> str:
     """The table of methods and their options, from what each declares."""
-    lines = ["| method | reads, besides sink and window | options |", "|---|---|---|"]
+    lines = []
     for name in METHODS:
         method = method_of(name)
         options = ", ".join(f"`{option.name}`" for option in dataclasses.fields(method.options))
-        lines.append(f"| `{name}` | {method.summary} | {options} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"`{name}`", method.summary, options])
+    return tables.table(["method", "reads, besides sink and window", "options"], lines)
 
 
 def not_extending() -> str:
@@ -154,10 +154,6 @@ def not_extending() -> str:
 
 def machines() -> str:
     """A table of the machines and versions that saved results say they were measured with."""
-    lines = [
-        "| results | processor | threads | Python | PyTorch | Transformers |",
-        "|---|---|---|---|---|---|",
-    ]
     groups: dict[tuple[str, ...], list[str]] = {}
     for file in sorted(tables.RESULTS.glob("*.json")):
         machine = tables.read(file.stem)["machine"]
@@ -165,8 +161,8 @@ def machines() -> str:
             str(machine[name]) for name in ("cpu", "threads", "python", "torch", "transformers")
         )
         groups.setdefault(key, []).append(f"`{file.name}`")
-    lines += [f"| {', '.join(files)} | {' | '.join(key)} |" for key, files in groups.items()]
-    return "\n".join(lines) + "\n"
+    columns = ["results", "processor", "threads", "Python", "PyTorch", "Transformers"]
+    return tables.table(columns, [[", ".join(files), *key] for key, files in groups.items()])
 
 
 def outdated(file: Path) -> bool:
@@ -188,10 +184,7 @@ def make_all(folder: Path) -> None:
         draw_tree(folder / "tree.png", problems[LAYER])
         draw_readings(folder / "readings.png", prompt, problems, tokenizer, fact)
     for name in ("latency", "fidelity", "passkey", "memory"):
-        PICTURES[name](
-            tables.read(name),
-            folder / f"{name}.png",
-        )
+        PICTURES[name](tables.read(name), folder / f"{name}.png")
     (folder / "answers.md").write_text(tables.answers(), encoding="utf-8")
     (folder / "methods.md").write_text(methods(), encoding="utf-8")
     (folder / "not_extending.md").write_text(not_extending(), encoding="utf-8")

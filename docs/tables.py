@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hip_hf.config import HiPConfig
+from hip_hf.eval.reporting.report import markdown
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 Rows = list[dict[str, Any]]
@@ -41,8 +42,7 @@ def read(name: str) -> dict[str, Any]:
 
 def table(columns: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
-    rows = [f"| {' | '.join(cells)} |" for cells in (columns, *lines)]
-    return "\n".join([rows[0], "|---" * len(columns) + "|", *rows[1:]]) + "\n"
+    return markdown([dict(zip(columns, line, strict=True)) for line in lines]) + "\n"
 
 
 def title(settings: str) -> str:
@@ -86,8 +86,9 @@ def answers() -> str:
         (4096, "needles_4k", "needles_code_4k"),
         (8192, "needles", "needles_code"),
     ):
+        measured = [read(file)["rows"] for file in files]
         for settings, name in ANSWERS.items():
-            rows = [row for file in files for row in named(read(file)["rows"], settings)]
+            rows = [row for some in measured for row in named(some, settings)]
             documents = " / ".join(row["document"] for row in rows)
             cells = [f"{length:,}, {name}", documents, percent(rows[0]["read"])]
             cells += [both(rows, "digits"), both(rows, "answers_right", 2), both(rows, "nll")]

@@ -4,8 +4,7 @@ A call brings the new tokens of several requests, packed into one row: whole pro
 prompts, single decoded tokens. Each request attends by itself, to keys picked out of its pages;
 nothing is gathered. Decode state is kept with the cache, by the page that holds a request's last
 token. A request uses it only if it has the same pages, with the same key for that token, because
-Transformers also copies and restores pages. A call that writes to a page
-drops its state.
+Transformers also copies and restores pages. A call that writes to a page drops what was kept by it.
 
 What a forward brings is on the device. It is read once a forward, for all layers and requests, in
 three waits. The cache's layout is not documented; it is found by inspection, and an unknown one
